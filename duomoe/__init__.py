@@ -1,0 +1,31 @@
+"""DuoMoE: serves Mixture-of-Experts language models whose experts do not fit in GPU memory."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from duomoe.version import __version__
+
+if TYPE_CHECKING:
+    from duomoe.config import EngineConfig
+    from duomoe.errors import InputError
+    from duomoe.llm import LLM, Chunk, Completion, Metrics
+    from duomoe.sampling import SamplingParams
+
+__all__ = ["LLM", "Chunk", "Completion", "EngineConfig", "InputError", "Metrics", "SamplingParams", "__version__"]
+
+_HOMES = {
+    "EngineConfig": "config",
+    "InputError": "errors",
+    "LLM": "llm",
+    "Chunk": "llm",
+    "Completion": "llm",
+    "Metrics": "llm",
+    "SamplingParams": "sampling",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: torch takes seconds, and not every use of the package needs it."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'duomoe' has no attribute {name!r}")
+    return getattr(import_module(f"duomoe.{_HOMES[name]}"), name)

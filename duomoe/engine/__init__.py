@@ -1,0 +1,1 @@
+"""Requests, who runs next, and the loop that runs them."""

@@ -1,0 +1,67 @@
+"""The routed experts of one layer and pass, computed wave by wave over whatever slots hold."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from duomoe.kernels import (
+    combine,
+    experts_down,
+    experts_down_gemv,
+    experts_gate_up,
+    experts_gate_up_gemv,
+    gemv_splits,
+    group_by_expert,
+    use_gemv,
+)
+from duomoe.models.batch import Routing
+
+
+class ExpertSum:
+    """The weighted sum over each token's experts, however many waves it takes to have them all resident.
+
+    Every pair of a token and one of its experts is computed in exactly one wave, into a place of its own, and `total`
+    adds the places up in the order of the router's choices. Kernels and tiles are chosen from shapes alone. So the
+    result is the same bit for bit whatever the waves and the slots.
+
+    Args:
+        h: [tokens, hidden], what the experts work on.
+        routing: the router's choice.
+        num_experts: of the layer.
+        intermediate_size: of an expert.
+    """
+
+    def __init__(self, h: Tensor, routing: Routing, num_experts: int, intermediate_size: int) -> None:
+        self.h, self.routing = h, routing
+        (tokens, hidden), top_k = h.shape, routing.experts.shape[1]
+        pairs = tokens * top_k
+        self.few_tokens = use_gemv(tokens, top_k, num_experts)
+        if self.few_tokens:
+            up_splits = gemv_splits(hidden, 2 * intermediate_size, pairs)
+            down_splits = gemv_splits(intermediate_size, hidden, pairs)
+            self.gate_up = h.new_empty(up_splits, pairs, 2 * intermediate_size, dtype=torch.float32)
+            self.parts = h.new_empty(down_splits, pairs, hidden, dtype=torch.float32)
+        else:
+            self.order, self.offsets = group_by_expert(routing.experts, num_experts)
+            self.gated = h.new_empty(pairs, intermediate_size)
+            self.parts = h.new_empty(1, pairs, hidden)
+
+    def wave(self, weights: Mapping[str, Tensor], slots: Tensor) -> None:
+        """Compute the pairs whose experts are resident.
+
+        Args:
+            weights: the slot pool's tensors (SlotPool.views).
+            slots: [experts] int32, the slot of each expert of this wave, -1 for all others.
+        """
+        gate_up, down, experts = weights["gate_up"], weights["down"], self.routing.experts
+        if self.few_tokens:
+            experts_gate_up_gemv(self.h, gate_up, slots, experts, self.gate_up)
+            experts_down_gemv(self.gate_up, down, slots, experts, self.routing.weights, self.parts)
+        else:
+            experts_gate_up(self.h, gate_up, slots, self.order, self.offsets, experts.shape[1], self.gated)
+            experts_down(self.gated, down, slots, self.order, self.offsets, self.routing.weights, self.parts[0])
+
+    def total(self) -> Tensor:
+        """Return the sum, [tokens, hidden], once every expert has had its wave."""
+        return combine(self.parts, self.routing.experts, self.h.dtype)

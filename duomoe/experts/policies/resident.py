@@ -1,0 +1,34 @@
+"""`resident`: every expert has a slot, and nothing ever moves."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from duomoe.experts.link import Traffic
+from duomoe.experts.policies.policy import Policy
+from duomoe.experts.store import ExpertStore
+from duomoe.models import Model, Routing
+
+
+class Resident(Policy):
+    """Computes straight from the store, which is on the compute device: its rows are the slots."""
+
+    def __init__(self, model: Model, store: ExpertStore) -> None:
+        super().__init__(model)
+        self.weights = [store.format.views(rows) for rows in store.layers]
+        self.slots = torch.arange(store.num_experts, dtype=torch.int32, device=model.device)
+        self.used = torch.zeros((), dtype=torch.int64, device=model.device)
+
+    def experts(self, index: int, h: Tensor, routing: Routing) -> Tensor:
+        """Compute all experts in one wave."""
+        # Counted on the device, so that the step does not wait for the host.
+        self.used += torch.zeros_like(self.slots).index_fill_(0, routing.experts.flatten().long(), 1).sum()
+        total = self.expert_sum(h, routing)
+        total.wave(self.weights[index], self.slots)
+        return total.total()
+
+    def traffic_so_far(self) -> Traffic:
+        """Return a copy of the counts: every use is a hit."""
+        # host-sync ok: read between requests, not between tokens.
+        return replace(self.traffic, hits=int(self.used.item()))

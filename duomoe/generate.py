@@ -1,0 +1,173 @@
+"""`python -m duomoe.generate`: continue a prompt on the command line.
+
+The text goes to stdout as it is decoded; everything else goes to stderr.
+"""
+
+import argparse
+import io
+import json
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from duomoe.errors import InputError
+
+if TYPE_CHECKING:
+    from duomoe.llm import LLM, Completion
+    from duomoe.sampling import SamplingParams
+
+
+class _Parser(argparse.ArgumentParser):
+    """Complains in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see --help)")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's grammar."""
+    p = _Parser(prog="python -m duomoe.generate", description="Continue a prompt with a Mixture-of-Experts model.")
+    p.add_argument("--model", metavar="DIR", help="a folder in Hugging Face layout (default: the embedded model)")
+    source = p.add_mutually_exclusive_group()
+    source.add_argument("--prompt", metavar="TEXT", help="the prompt (default: read from standard input)")
+    source.add_argument("--prompt-file", metavar="FILE", help="a UTF-8 file that holds the prompt")
+    p.add_argument("--chat", action="store_true", help="apply the checkpoint's chat template to the prompt")
+    sampling = p.add_argument_group("sampling")
+    sampling.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="(default: 128)")
+    sampling.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
+    sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K likeliest (default: 0, all)")
+    sampling.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep this probability (default: 1)")
+    sampling.add_argument("--seed", type=int, metavar="S", help="makes sampling repeatable")
+    sampling.add_argument("--stop", action="append", default=[], metavar="STR", help="end before this text; repeatable")
+    sampling.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
+    running = p.add_argument_group("running")
+    running.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
+    running.add_argument("--dtype", default="auto", help="auto (default: the checkpoint's), float32, bfloat16, float16")
+    running.add_argument("--policy", default="auto", help="auto (default), resident or on_demand")
+    running.add_argument(
+        "--expert-memory", metavar="SIZE", help="device memory for experts, as 2GiB (default: no limit)"
+    )
+    running.add_argument("--compile", default="auto", help="torch.compile: auto (default: on for CUDA), on or off")
+    p.add_argument("--json", action="store_true", help="print one JSON object instead of streaming text")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    warnings.showwarning = _one_line_warning
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale says: a model's text is Unicode
+    try:
+        args = parser().parse_args(argv)
+        prompt = _read_prompt(args)
+        # Threads that wait should sleep: where the cores are shared, spinning ones make small models many times slower.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        # Torch takes seconds to import: late, so that --help and a mistyped option answer at once, and within reach of
+        # the handlers below.
+        from duomoe.config import EngineConfig
+        from duomoe.llm import LLM
+        from duomoe.sampling import SamplingParams
+
+        params = SamplingParams(
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            seed=args.seed,
+            stop=tuple(args.stop),
+            ignore_eos=args.ignore_eos,
+        )
+        config = EngineConfig(
+            device=args.device,
+            dtype=args.dtype,
+            policy=args.policy,
+            expert_memory=args.expert_memory,
+            compile=args.compile,
+        )
+        llm = LLM(args.model, config, quiet=not sys.stderr.isatty())
+        completion = _generate(llm, prompt, params, args.chat, show=not args.json)
+        if args.json:
+            print(json.dumps(as_json(completion, llm, prompt), ensure_ascii=False), flush=True)
+    except InputError as error:
+        print(f"duomoe: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has left. Nothing can be flushed to them any more, so stop Python from trying.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    print(_summary(completion, llm), file=sys.stderr)
+    return 0
+
+
+def as_json(completion: "Completion", llm: "LLM", prompt: str) -> dict[str, object]:
+    """Return a completion as the one object that --json prints."""
+    metrics = completion.metrics
+    return {
+        "prompt": prompt,
+        "prompt_tokens": metrics.prompt_tokens,
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
+        "ttft_s": metrics.ttft_s,
+        "tpot_s": metrics.tpot_s,
+        "e2e_s": metrics.e2e_s,
+        "policy": llm.policy_name,
+        "memory": llm.memory,
+        "experts": asdict(metrics.experts),
+    }
+
+
+def _read_prompt(args: argparse.Namespace) -> str:
+    try:
+        if args.prompt is not None:
+            args.prompt.encode("utf-8")  # bytes on the command line that are no UTF-8 arrive as lone surrogates
+            return str(args.prompt)
+        if args.prompt_file is not None:
+            return Path(args.prompt_file).read_text("utf-8")
+        if sys.stdin is None or sys.stdin.isatty():
+            raise InputError("no prompt; give --prompt TEXT, --prompt-file FILE, or text on standard input")
+        return sys.stdin.buffer.read().decode("utf-8")
+    except OSError as error:
+        raise InputError(f"{args.prompt_file}: {error.strerror}") from None
+    except UnicodeError:
+        raise InputError(f"{args.prompt_file or 'prompt'}: the prompt is not UTF-8 text") from None
+
+
+def _generate(llm: "LLM", prompt: str, params: "SamplingParams", chat: bool, show: bool) -> "Completion":
+    for chunk in llm.stream(llm.chat_tokens(prompt) if chat else prompt, params):
+        if show:
+            sys.stdout.write(chunk.text)
+            sys.stdout.flush()
+        if chunk.completion:
+            if show:
+                sys.stdout.write("\n")
+                sys.stdout.flush()
+            return chunk.completion
+    raise AssertionError("a stream ends with its completion")
+
+
+def _summary(completion: "Completion", llm: "LLM") -> str:
+    from duomoe.config import format_size
+
+    metrics = completion.metrics
+    count = len(completion.token_ids)
+    tpot = f"TPOT {metrics.tpot_s * 1e3:.1f} ms, " if metrics.tpot_s is not None else ""
+    return (
+        f"duomoe: {metrics.prompt_tokens} + {count} tokens, TTFT {metrics.ttft_s * 1e3:.0f} ms, {tpot}"
+        f"{count / metrics.e2e_s:.1f} tokens/s, {llm.policy_name}, "
+        f"{format_size(metrics.experts.link_bytes)} over the link"
+    )
+
+
+def _one_line_warning(message: Warning | str, *_: object) -> None:
+    print(f"duomoe: warning: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Memory that sequences hold: the paged KV cache."""

@@ -1,0 +1,256 @@
+"""The experts' matrices over few tokens: each pair streams its expert's rows once, split along the inner dimension.
+
+With a handful of tokens the matrices are read, not reused, so the work is spread for bandwidth: a program takes a few
+output rows and one of `splits` parts of the inner dimension (equal ones, in multiples of `PART_UNIT`), and leaves a
+float32 partial sum. Whoever reads the partial sums adds them in order: `experts_down_gemv` those of gate and up,
+`combine` those of down. The split depends on the shapes alone, so a pair's result does not depend on what else is
+resident.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from duomoe.kernels.configuration import TRITON_TYPE, Configuration
+
+
+# Parts of the inner dimension are whole multiples of this many elements, so that wide loads stay aligned.
+PART_UNIT = 256
+
+
+def _part_length(size: int, splits: int) -> int:
+    """Return how long each of `splits` parts of a dimension of `size` is; the last ones may be shorter or empty."""
+    units = -(-size // PART_UNIT)
+    return -(-units // splits) * PART_UNIT
+
+
+def _part(size: int, splits: int, split: int) -> slice:
+    """Return the `split`-th of `splits` parts of a dimension of `size`."""
+    length = _part_length(size, splits)
+    return slice(min(split * length, size), min((split + 1) * length, size))
+
+
+def experts_gate_up_gemv_reference(x: Tensor, w_gate_up: Tensor, slots: Tensor, experts: Tensor, out: Tensor) -> None:
+    """Compute `experts_gate_up_gemv` in float32 with plain PyTorch, pair by pair."""
+    top_k, where = experts.shape[1], slots.tolist()
+    for pair, expert in enumerate(experts.flatten().tolist()):
+        if expert < 0 or where[expert] < 0:
+            continue
+        token, weight = x[pair // top_k].float(), w_gate_up[where[expert]]
+        for split in range(out.shape[0]):
+            part = _part(x.shape[1], out.shape[0], split)
+            out[split, pair] = weight[:, part].float() @ token[part]
+
+
+def experts_down_gemv_reference(
+    gate_up: Tensor, w_down: Tensor, slots: Tensor, experts: Tensor, weights: Tensor, out: Tensor
+) -> None:
+    """Compute `experts_down_gemv` in float32 with plain PyTorch, pair by pair."""
+    where = slots.tolist()
+    factors = weights.flatten()
+    for pair, expert in enumerate(experts.flatten().tolist()):
+        if expert < 0 or where[expert] < 0:
+            continue
+        gate, up = gate_up[:, pair].sum(0).chunk(2)
+        h, weight = F.silu(gate) * up, w_down[where[expert]]
+        for split in range(out.shape[0]):
+            part = _part(weight.shape[1], out.shape[0], split)
+            out[split, pair] = (weight[:, part].float() @ h[part]) * factors[pair]
+
+
+@torch.library.custom_op("duomoe::experts_gate_up_gemv", mutates_args=("out",), device_types="cpu")
+def experts_gate_up_gemv(x: Tensor, w_gate_up: Tensor, slots: Tensor, experts: Tensor, out: Tensor) -> None:
+    """Compute the partial sums of `x @ gate.T` and `x @ up.T` for every pair whose expert is resident.
+
+    Args:
+        x: [tokens, hidden].
+        w_gate_up: [num_slots, 2 * intermediate, hidden], the gate rows first; a strided view into the slot pool.
+        slots: [experts] int32, the slot of each expert, -1 for those not in this wave.
+        experts: [tokens, top_k] int32, the experts chosen; -1 is padding.
+        out: [splits, tokens * top_k, 2 * intermediate] float32, written for the resident pairs.
+    """
+    experts_gate_up_gemv_reference(x, w_gate_up, slots, experts, out)
+
+
+@experts_gate_up_gemv.register_fake
+def _(x: Tensor, w_gate_up: Tensor, slots: Tensor, experts: Tensor, out: Tensor) -> None:
+    return None
+
+
+@torch.library.custom_op("duomoe::experts_down_gemv", mutates_args=("out",), device_types="cpu")
+def experts_down_gemv(
+    gate_up: Tensor, w_down: Tensor, slots: Tensor, experts: Tensor, weights: Tensor, out: Tensor
+) -> None:
+    """Compute the partial sums of `weight * ((silu(gate) * up) @ down.T)` for every pair whose expert is resident.
+
+    Args:
+        gate_up: [splits, tokens * top_k, 2 * intermediate] float32, what `experts_gate_up_gemv` wrote.
+        w_down: [num_slots, hidden, intermediate], a strided view into the slot pool.
+        slots: as in `experts_gate_up_gemv`, and so is `experts`.
+        experts: see above.
+        weights: [tokens, top_k] float32, the router's.
+        out: [splits, tokens * top_k, hidden] float32, written for the resident pairs; ready for `combine`.
+    """
+    experts_down_gemv_reference(gate_up, w_down, slots, experts, weights, out)
+
+
+@experts_down_gemv.register_fake
+def _(gate_up: Tensor, w_down: Tensor, slots: Tensor, experts: Tensor, weights: Tensor, out: Tensor) -> None:
+    return None
+
+
+@triton.jit
+def _gate_up_gemv_kernel(
+    x: tl.tensor,
+    w_gate_up: tl.tensor,
+    slots: tl.tensor,
+    experts: tl.tensor,
+    out: tl.tensor,
+    slot_stride: tl.tensor,
+    pairs: tl.tensor,
+    inner: tl.tensor,
+    outer: tl.tensor,
+    part: tl.tensor,
+    TOP_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    """Each program multiplies BLOCK_N rows of one pair's expert, over one part of the inner dimension."""
+    pair = tl.program_id(0)
+    split = tl.program_id(2)
+    expert = tl.load(experts + pair)
+    if expert < 0:
+        return
+    slot = tl.load(slots + expert).to(tl.int64)
+    if slot < 0:
+        return
+    row = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Rows behind the last one repeat it: the loads need no mask, the store has one.
+    weight = w_gate_up + slot * slot_stride + tl.minimum(row, outer - 1).to(tl.int64)[:, None] * inner
+    token = x + (pair // TOP_K).to(tl.int64) * inner
+
+    products = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for start in range(split * part, tl.minimum((split + 1) * part, inner), BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        w = tl.load(weight + k[None, :], mask=(k < inner)[None, :], other=0.0).to(tl.float32)
+        products += w * tl.load(token + k, mask=k < inner, other=0.0).to(tl.float32)[None, :]
+    to = out + (split.to(tl.int64) * pairs + pair) * outer + row
+    tl.store(to, tl.sum(products, 1), mask=row < outer)
+
+
+@triton.jit
+def _down_gemv_kernel(
+    gate_up: tl.tensor,
+    w_down: tl.tensor,
+    slots: tl.tensor,
+    experts: tl.tensor,
+    weights: tl.tensor,
+    out: tl.tensor,
+    slot_stride: tl.tensor,
+    pairs: tl.tensor,
+    inner: tl.tensor,
+    outer: tl.tensor,
+    part: tl.tensor,
+    GATE_UP_SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    """Each program multiplies as in `_gate_up_gemv_kernel`, with activations that it makes from the partial sums."""
+    pair = tl.program_id(0)
+    split = tl.program_id(2)
+    expert = tl.load(experts + pair)
+    if expert < 0:
+        return
+    slot = tl.load(slots + expert).to(tl.int64)
+    if slot < 0:
+        return
+    row = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    weight = w_down + slot * slot_stride + tl.minimum(row, outer - 1).to(tl.int64)[:, None] * inner
+
+    products = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for start in range(split * part, tl.minimum((split + 1) * part, inner), BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        w = tl.load(weight + k[None, :], mask=(k < inner)[None, :], other=0.0).to(tl.float32)
+        gate = tl.zeros((BLOCK_K,), tl.float32)
+        up = tl.zeros((BLOCK_K,), tl.float32)
+        for part_of in tl.static_range(GATE_UP_SPLITS):
+            at = gate_up + (part_of * pairs.to(tl.int64) + pair) * 2 * inner + k
+            gate += tl.load(at, mask=k < inner, other=0.0)
+            up += tl.load(at + inner, mask=k < inner, other=0.0)
+        products += w * (gate * tl.sigmoid(gate) * up)[None, :]
+    to = out + (split.to(tl.int64) * pairs + pair) * outer + row
+    tl.store(to, tl.sum(products, 1) * tl.load(weights + pair), mask=row < outer)
+
+
+# Rows per program; the inner dimension advances by PART_UNIT. Each of the 128 threads has four loads of 16 bytes of
+# 16-bit weights under way.
+BLOCK_N = 16
+NUM_WARPS = 4
+# A GPU is full with about so many programs.
+FULL = 1024
+MAX_SPLITS = 8
+
+
+def use_gemv(tokens: int, top_k: int, num_experts: int) -> bool:
+    """Return whether a pass should take the GEMV form of the experts rather than the grouped GEMM.
+
+    A GEMV reads an expert once for each pair that chose it, a GEMM once for all of them. So the GEMV form pays while
+    most pairs have an expert of their own.
+    """
+    return tokens * top_k <= min(2 * num_experts, 64)
+
+
+def gemv_splits(inner: int, outer: int, pairs: int) -> int:
+    """Return into how many parts (1 to 8) to split the inner dimension, so that the programs fill a GPU.
+
+    Args:
+        inner: elements of a row of the matrix: the hidden size for gate and up, the intermediate size for down.
+        outer: rows of the matrix: twice the intermediate size for gate and up, the hidden size for down.
+        pairs: `tokens * top_k`.
+    """
+    programs = max(pairs, 1) * triton.cdiv(outer, BLOCK_N)
+    return min(triton.cdiv(FULL, programs), triton.cdiv(inner, PART_UNIT), MAX_SPLITS)
+
+
+@experts_gate_up_gemv.register_kernel("cuda")
+def experts_gate_up_gemv_triton(x: Tensor, w_gate_up: Tensor, slots: Tensor, experts: Tensor, out: Tensor) -> None:
+    """Launch the kernel of `experts_gate_up_gemv`."""
+    splits, pairs, outer = out.shape
+    inner = x.shape[1]
+    if pairs > 0:
+        _gate_up_gemv_kernel[(pairs, triton.cdiv(outer, BLOCK_N), splits)](
+            x, w_gate_up, slots, experts, out, w_gate_up.stride(0), pairs, inner, outer, _part_length(inner, splits),
+            TOP_K=experts.shape[1], BLOCK_N=BLOCK_N, BLOCK_K=PART_UNIT, num_warps=NUM_WARPS,
+        )  # fmt: skip
+
+
+@experts_down_gemv.register_kernel("cuda")
+def experts_down_gemv_triton(
+    gate_up: Tensor, w_down: Tensor, slots: Tensor, experts: Tensor, weights: Tensor, out: Tensor
+) -> None:
+    """Launch the kernel of `experts_down_gemv`."""
+    splits, pairs, outer = out.shape
+    inner = gate_up.shape[2] // 2
+    if pairs > 0:
+        _down_gemv_kernel[(pairs, triton.cdiv(outer, BLOCK_N), splits)](
+            gate_up, w_down, slots, experts, weights, out, w_down.stride(0), pairs, inner, outer,
+            _part_length(inner, splits), GATE_UP_SPLITS=gate_up.shape[0], BLOCK_N=BLOCK_N, BLOCK_K=PART_UNIT,
+            num_warps=NUM_WARPS,
+        )  # fmt: skip
+
+
+def configurations(dtype: torch.dtype, capability: int) -> list[Configuration]:
+    """List what the launchers choose for few and for many partial sums."""
+    pointer = f"*{TRITON_TYPE[dtype]}:16"
+    types = dict.fromkeys(("slots", "experts"), "*i32:16") | {"out": "*fp32:16", "pairs": "i32"}
+    types |= dict.fromkeys(("slot_stride", "inner", "outer", "part"), "i32:16")
+    gate_up = types | {"x": pointer, "w_gate_up": pointer}
+    down = types | {"gate_up": "*fp32:16", "w_down": pointer, "weights": "*fp32:16"}
+    tile = {"BLOCK_N": BLOCK_N, "BLOCK_K": PART_UNIT, "num_warps": NUM_WARPS}
+    found = [Configuration(_gate_up_gemv_kernel, gate_up, tile | {"TOP_K": 8}, wide_loads=True)]
+    for splits in (1, MAX_SPLITS):
+        options = tile | {"GATE_UP_SPLITS": splits}
+        found.append(Configuration(_down_gemv_kernel, down, options, wide_loads=True))
+    return found

@@ -1,0 +1,255 @@
+"""What a model's config.json says, in one spelling: old and new Hugging Face names are read alike."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from duomoe.errors import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding: its base and how it is stretched beyond the training context."""
+
+    kind: str  # one of ROPE_KINDS
+    theta: float
+    head_dim: int
+    max_position: int  # max_position_embeddings, in tokens
+    factor: float = 1.0
+    original_max_position: int = 0  # tokens, before stretching (yarn, llama3)
+    attention_factor: float | None = None  # yarn; None derives it from the factor
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    truncate: bool = True
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a model. Sizes are in elements; tuples have one entry per layer."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int  # of a dense layer's MLP
+    moe_intermediate_size: int
+    shared_intermediate_size: int  # of the shared expert; 0 without one
+    num_experts: int
+    top_k: int
+    norm_topk_prob: bool
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    windows: tuple[int, ...]  # attention window of each layer; 0 sees everything
+    is_moe: tuple[bool, ...]
+    max_position: int  # longest sequence the checkpoint is made for, RoPE scaling included
+    rope: RopeConfig
+    dtype: torch.dtype  # of the checkpoint
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def q_size(self) -> int:
+        """Width of all query heads."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Width of all key heads (and of all value heads)."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Return the numbers of the layers that have experts."""
+        return tuple(layer for layer, moe in enumerate(self.is_moe) if moe)
+
+
+class ConfigReader:
+    """Typed access to a config.json; every complaint names the key.
+
+    Raises:
+        InputError: from any method, when a value is missing, of the wrong type or out of range.
+    """
+
+    def __init__(self, raw: Mapping[str, Any]) -> None:
+        self.raw = raw
+
+    def count(self, *keys: str, default: int | None = None, low: int = 1) -> int:
+        """Return the first of `keys` that is set, as an integer of at least `low`."""
+        value = self._first(keys, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise InputError(f"config.json: {keys[0]} must be a whole number of at least {low}, found {value!r}")
+        return value
+
+    def number(self, *keys: str, default: float | None = None) -> float:
+        """Return the first of `keys` that is set, as a positive number."""
+        value = self._first(keys, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise InputError(f"config.json: {keys[0]} must be a positive number, found {value!r}")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """Return a boolean."""
+        value = self._first((key,), default)
+        if not isinstance(value, bool):
+            raise InputError(f"config.json: {key} must be true or false, found {value!r}")
+        return value
+
+    def _first(self, keys: tuple[str, ...], default: Any) -> Any:
+        for key in keys:
+            if self.raw.get(key) is not None:
+                return self.raw[key]
+        if default is None:
+            raise InputError(f"config.json: {keys[0]} is missing")
+        return default
+
+
+def parse_config(
+    raw: Mapping[str, Any],
+    family: str,
+    *,
+    moe_intermediate_size: int,
+    shared_intermediate_size: int = 0,
+    norm_topk_prob: bool,
+    default_theta: float,
+    qkv_bias: bool = False,
+    o_bias: bool = False,
+    windows: tuple[int, ...],
+    is_moe: tuple[bool, ...],
+) -> ModelConfig:
+    """Read what all families share; the caller, a model's own `parse`, gives what they spell or default differently.
+
+    Raises:
+        InputError: when a value is missing, malformed, or not supported.
+    """
+    read = ConfigReader(raw)
+    if raw.get("quantization_config"):
+        quantization = raw["quantization_config"]
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+        raise InputError(
+            f"this checkpoint is quantised ({method}); only bfloat16, float16 and float32 weights are read"
+        )
+    if raw.get("hidden_act", "silu") != "silu":
+        raise InputError(f"config.json: hidden_act {raw['hidden_act']!r} is not supported; only 'silu' is")
+
+    hidden, heads = read.count("hidden_size"), read.count("num_attention_heads")
+    kv_heads = read.count("num_key_value_heads", default=heads)
+    head_dim = read.count("head_dim", default=max(hidden // heads, 1))
+    if heads % kv_heads:
+        raise InputError(f"config.json: {heads} attention heads cannot share {kv_heads} key-value heads evenly")
+    if head_dim % 2:
+        raise InputError(f"config.json: head_dim must be even for rotary embedding, found {head_dim}")
+    experts, top_k = read.count("num_local_experts", "num_experts"), read.count("num_experts_per_tok")
+    if top_k > experts:
+        raise InputError(f"config.json: num_experts_per_tok is {top_k}, but there are only {experts} experts")
+
+    rope = _parse_rope(raw, head_dim, default_theta)
+    stretched = rope.factor if rope.kind in ("linear", "dynamic", "yarn") else 1.0
+    trained = rope.original_max_position if rope.kind == "yarn" else rope.max_position
+    return ModelConfig(
+        family=family,
+        vocab_size=read.count("vocab_size"),
+        hidden_size=hidden,
+        num_layers=read.count("num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate_size=read.count("intermediate_size"),
+        moe_intermediate_size=moe_intermediate_size,
+        shared_intermediate_size=shared_intermediate_size,
+        num_experts=experts,
+        top_k=top_k,
+        norm_topk_prob=norm_topk_prob,
+        rms_norm_eps=read.number("rms_norm_eps", default=1e-6),
+        tie_word_embeddings=read.flag("tie_word_embeddings", default=False),
+        qkv_bias=qkv_bias,
+        o_bias=o_bias,
+        windows=windows,
+        is_moe=is_moe,
+        max_position=max(rope.max_position, int(trained * stretched)),
+        rope=rope,
+        dtype=_parse_dtype(raw),
+        eos_token_ids=token_ids(raw.get("eos_token_id"), "config.json"),
+    )
+
+
+def uniform_window(raw: Mapping[str, Any], layers: int) -> tuple[int, ...]:
+    """Return the sliding window that every layer of `layers` has, 0 where the config has none."""
+    window = raw.get("sliding_window") or 0
+    return (ConfigReader({"sliding_window": window}).count("sliding_window", low=0),) * layers
+
+
+def sparse_layers(raw: Mapping[str, Any], layers: int) -> tuple[bool, ...]:
+    """Return which layers have experts: every `decoder_sparse_step`-th that is not in `mlp_only_layers` (Qwen)."""
+    step = ConfigReader(raw).count("decoder_sparse_step", default=1)
+    dense = raw.get("mlp_only_layers") or []
+    if not isinstance(dense, list):
+        raise InputError(f"config.json: mlp_only_layers must be a list of layer numbers, found {dense!r}")
+    return tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(layers))
+
+
+def token_ids(value: Any, source: str) -> tuple[int, ...]:
+    """Return a config's token id or list of token ids as a tuple; `source` is the file's name, for complaints."""
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(item, int) and not isinstance(item, bool) for item in ids):
+        raise InputError(f"{source}: eos_token_id must be a token id or a list of them, found {value!r}")
+    return tuple(ids)
+
+
+def _parse_dtype(raw: Mapping[str, Any]) -> torch.dtype:
+    name = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
+    if name not in DTYPES:
+        raise InputError(f"config.json: dtype {name!r} is not supported; supported: {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _parse_rope(raw: Mapping[str, Any], head_dim: int, default_theta: float) -> RopeConfig:
+    """Read `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before)."""
+    found = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(found, Mapping):
+        raise InputError(f"config.json: rope_parameters must be an object, found {found!r}")
+    inherited = {"rope_theta": raw.get("rope_theta", default_theta)}
+    read = ConfigReader({**inherited, **{key: value for key, value in found.items() if value is not None}})
+    kind = read.raw.get("rope_type", read.raw.get("type", "default"))
+    if kind not in ROPE_KINDS:
+        raise InputError(f"config.json: RoPE type {kind!r} is not supported; supported: {', '.join(ROPE_KINDS)}")
+    if read.number("partial_rotary_factor", default=raw.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise InputError("config.json: a partial_rotary_factor other than 1 is not supported")
+    max_position = ConfigReader(raw).count("max_position_embeddings")
+    original = raw.get("original_max_position_embeddings") or read.raw.get("original_max_position_embeddings")
+    original = ConfigReader({"original_max_position_embeddings": original or max_position}).count(
+        "original_max_position_embeddings"
+    )
+    if kind == "yarn":
+        factor = read.number("factor", default=max_position / original)
+    else:
+        factor = 1.0 if kind == "default" else read.number("factor")
+    return RopeConfig(
+        kind=kind,
+        theta=read.number("rope_theta"),
+        head_dim=head_dim,
+        max_position=max_position,
+        factor=factor,
+        original_max_position=original,
+        attention_factor=read.number("attention_factor") if "attention_factor" in read.raw else None,
+        beta_fast=read.number("beta_fast", default=32.0),
+        beta_slow=read.number("beta_slow", default=1.0),
+        mscale=float(read.raw.get("mscale", 0.0)),
+        mscale_all_dim=float(read.raw.get("mscale_all_dim", 0.0)),
+        truncate=bool(read.raw.get("truncate", True)),
+        low_freq_factor=read.number("low_freq_factor", default=1.0),
+        high_freq_factor=read.number("high_freq_factor", default=4.0),
+    )

@@ -1,0 +1,89 @@
+"""A model: an embedding, blocks and a head, with its weights on the compute device and its experts elsewhere."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from duomoe.kernels import rms_norm
+from duomoe.models import block
+from duomoe.models.architecture import Architecture
+from duomoe.models.batch import Batch, LayerKV, Routing
+from duomoe.models.config import ModelConfig
+from duomoe.models.rope import Rotary
+from duomoe.models.weights import BlockWeights, Sources
+
+
+class Model:
+    """The non-expert part of a model; knows nothing of slots, streams or policies.
+
+    Weights are allocated here and filled by a loader, which finds each checkpoint tensor's place in `destinations`.
+
+    Args:
+        architecture: the model's family.
+        config: its shape.
+        device: of the weights and of all computation.
+        dtype: of the weights and activations.
+        compiled: run the blocks through torch.compile.
+    """
+
+    def __init__(
+        self, architecture: Architecture, config: ModelConfig, device: torch.device, dtype: torch.dtype, compiled: bool
+    ) -> None:
+        self.config, self.device, self.dtype = config, device, dtype
+        self.rotary = Rotary(config.rope, device)
+        self._filled: list[tuple[Sources, Tensor]] = []
+        vocab_by_hidden = (config.vocab_size, config.hidden_size)
+        self.embedding = self._allocate([("model.embed_tokens.weight", vocab_by_hidden)])
+        self.blocks = [
+            BlockWeights(**{name: self._allocate(sources) for name, sources in fields.items()})
+            for fields in (architecture.block_sources(config, layer) for layer in range(config.num_layers))
+        ]
+        self.final_norm = self._allocate([("model.norm.weight", (config.hidden_size,))])
+        tied = config.tie_word_embeddings
+        self.head = self.embedding if tied else self._allocate([("lm_head.weight", vocab_by_hidden)])
+        self._before, self._after = block.before, block.after
+        if compiled:
+            self._before = torch.compile(block.before, fullgraph=True, dynamic=True)
+            self._after = torch.compile(block.after, fullgraph=True, dynamic=True)
+
+    def _allocate(self, sources: Sources) -> Tensor:
+        rows = sum(shape[0] for _, shape in sources)
+        tensor = torch.empty(rows, *sources[0][1][1:], dtype=self.dtype, device=self.device)
+        self._filled.append((sources, tensor))
+        return tensor
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all weights held here."""
+        return sum(tensor.nbytes for _, tensor in self._filled)
+
+    def destinations(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield each checkpoint tensor's name and the contiguous view to be filled with it."""
+        for sources, tensor in self._filled:
+            yield from stacked(sources, tensor)
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Return the residual stream [tokens, hidden] that enters the first block."""
+        return F.embedding(batch.tokens, self.embedding)
+
+    def before(self, layer: int, x: Tensor, batch: Batch, kv: LayerKV) -> tuple[Tensor, Tensor, Routing | None]:
+        """Run a block up to its experts (block.before)."""
+        return self._before(self.blocks[layer], self.config, self.config.windows[layer], x, batch, kv)
+
+    def after(self, layer: int, x: Tensor, h: Tensor, y: Tensor | None) -> Tensor:
+        """Run a block from its experts' sum on (block.after)."""
+        return self._after(self.blocks[layer], x, h, y)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return float32 logits [tokens, vocab] of the residual stream [tokens, hidden] that left the last block."""
+        return F.linear(rms_norm(x, self.final_norm, self.config.rms_norm_eps), self.head).float()
+
+
+def stacked(sources: Sources, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield each source's name and its rows of `tensor`, in the source's shape."""
+    begin = 0
+    for name, shape in sources:
+        yield name, tensor[begin : begin + shape[0]].view(shape)
+        begin += shape[0]

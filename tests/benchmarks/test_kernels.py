@@ -1,0 +1,206 @@
+"""What the kernels reach: the experts beside cuBLAS and a plain copy, and attention over pages.
+
+On a GPU, calls are captured in a CUDA graph over so many inputs that nothing stays in the L2 cache, and timed with
+events; `extra_info` has the microseconds of one call with GB/s or TFLOP/s. On a CPU, the references run small shapes.
+"""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from duomoe.kernels import (
+    experts_down,
+    experts_down_gemv,
+    experts_gate_up,
+    experts_gate_up_gemv,
+    group_by_expert,
+    paged_attention,
+)
+from duomoe.kernels.expert_gemv import gemv_splits
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+DTYPE = torch.bfloat16 if GPU else torch.float32
+gpu = pytest.mark.gpu
+
+
+@dataclass(frozen=True)
+class Shape:
+    hidden: int
+    intermediate: int
+    num_experts: int
+    top_k: int
+
+
+SMALL = Shape(256, 128, 8, 2)
+MIXTRAL = Shape(4096, 14336, 8, 2)
+QWEN3 = Shape(2048, 768, 128, 8)
+
+
+def measure(
+    benchmark: BenchmarkFixture, calls: list[Callable[[], object]], *, gigabytes: float = 0.0, teraflop: float = 0.0
+) -> None:
+    """Time some calls that each move `gigabytes` or compute `teraflop`."""
+    if not GPU:
+        benchmark.pedantic(lambda: [call() for call in calls])
+        return
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    seconds = []
+
+    def replay() -> None:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        seconds.append(begin.elapsed_time(end) / 1000 / len(calls))
+
+    benchmark.pedantic(replay, rounds=20, warmup_rounds=3)
+    median = statistics.median(seconds)
+    benchmark.extra_info["µs"] = round(median * 1e6, 1)
+    if gigabytes:
+        benchmark.extra_info["GB/s"] = round(gigabytes / median)
+    if teraflop:
+        benchmark.extra_info["TFLOP/s"] = round(teraflop / median)
+
+
+def random(*shape: int, scale: float = 1.0) -> Tensor:
+    return torch.empty(shape, dtype=DTYPE, device=DEVICE).normal_(0.0, scale)
+
+
+def matrices(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
+    """The layer's `w_gate_up` and `w_down`, and slots that are the experts themselves."""
+    return (
+        random(shape.num_experts, 2 * shape.intermediate, shape.hidden, scale=shape.hidden**-0.5),
+        random(shape.num_experts, shape.hidden, shape.intermediate, scale=shape.intermediate**-0.5),
+        torch.arange(shape.num_experts, dtype=torch.int32, device=DEVICE),
+    )
+
+
+decode_shapes = pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param(SMALL, id="small"),
+        pytest.param(MIXTRAL, id="mixtral", marks=gpu),
+        pytest.param(QWEN3, id="qwen3", marks=gpu),
+    ],
+)
+prefill_shapes = pytest.mark.parametrize(
+    ("shape", "tokens"),
+    [
+        pytest.param(SMALL, 64, id="small"),
+        pytest.param(MIXTRAL, 512, id="mixtral-512", marks=gpu),
+        pytest.param(MIXTRAL, 8192, id="mixtral-8192", marks=gpu),
+        pytest.param(QWEN3, 512, id="qwen3-512", marks=gpu),
+        pytest.param(QWEN3, 8192, id="qwen3-8192", marks=gpu),
+    ],
+)
+
+
+@gpu
+def test_copy(benchmark: BenchmarkFixture) -> None:
+    """The bandwidth that a decode GEMV is measured against: bytes read plus bytes written."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    measure(benchmark, [lambda: target.copy_(source)], gigabytes=2 * source.nbytes / 1e9)
+
+
+def one_token(shape: Shape) -> list[Tensor]:
+    """One token's experts, again and again until every expert had its turn."""
+    every = torch.arange(shape.num_experts, dtype=torch.int32, device=DEVICE)
+    return list(every.view(-1, 1, shape.top_k))
+
+
+@decode_shapes
+def test_gate_up_gemv(benchmark: BenchmarkFixture, shape: Shape) -> None:
+    w_gate_up, _, slots = matrices(shape)
+    x = random(1, shape.hidden)
+    splits = gemv_splits(shape.hidden, 2 * shape.intermediate, shape.top_k)
+    out = torch.empty(splits, shape.top_k, 2 * shape.intermediate, device=DEVICE)
+    calls = [lambda e=experts: experts_gate_up_gemv(x, w_gate_up, slots, e, out) for experts in one_token(shape)]
+    measure(benchmark, calls, gigabytes=shape.top_k * w_gate_up[0].nbytes / 1e9)
+
+
+@decode_shapes
+def test_down_gemv(benchmark: BenchmarkFixture, shape: Shape) -> None:
+    _, w_down, slots = matrices(shape)
+    partial = gemv_splits(shape.hidden, 2 * shape.intermediate, shape.top_k)
+    gate_up = random(partial, shape.top_k, 2 * shape.intermediate).float()
+    splits = gemv_splits(shape.intermediate, shape.hidden, shape.top_k)
+    out = torch.empty(splits, shape.top_k, shape.hidden, device=DEVICE)
+    weights = torch.rand(1, shape.top_k, device=DEVICE)
+    calls = [
+        lambda e=experts: experts_down_gemv(gate_up, w_down, slots, e, weights, out) for experts in one_token(shape)
+    ]
+    measure(benchmark, calls, gigabytes=shape.top_k * w_down[0].nbytes / 1e9)
+
+
+def sorted_pass(shape: Shape, tokens: int) -> tuple[Tensor, Tensor]:
+    chosen = torch.rand(tokens, shape.num_experts, device=DEVICE).argsort(-1)[:, : shape.top_k].to(torch.int32)
+    return group_by_expert(chosen, shape.num_experts)
+
+
+@prefill_shapes
+def test_gate_up_gemm(benchmark: BenchmarkFixture, shape: Shape, tokens: int) -> None:
+    w_gate_up, _, slots = matrices(shape)
+    x, (order, offsets) = random(tokens, shape.hidden), sorted_pass(shape, tokens)
+    h = torch.empty(len(order), shape.intermediate, dtype=DTYPE, device=DEVICE)
+    teraflop = 4 * len(order) * shape.hidden * shape.intermediate / 1e12
+    calls = [lambda: experts_gate_up(x, w_gate_up, slots, order, offsets, shape.top_k, h)]
+    measure(benchmark, calls, teraflop=teraflop, gigabytes=w_gate_up.nbytes / 1e9)
+
+
+@prefill_shapes
+def test_down_gemm(benchmark: BenchmarkFixture, shape: Shape, tokens: int) -> None:
+    _, w_down, slots = matrices(shape)
+    order, offsets = sorted_pass(shape, tokens)
+    h, weights = random(len(order), shape.intermediate), torch.rand(tokens, shape.top_k, device=DEVICE)
+    out = torch.empty(len(order), shape.hidden, dtype=DTYPE, device=DEVICE)
+    teraflop = 2 * len(order) * shape.hidden * shape.intermediate / 1e12
+    calls = [lambda: experts_down(h, w_down, slots, order, offsets, weights, out)]
+    measure(benchmark, calls, teraflop=teraflop, gigabytes=w_down.nbytes / 1e9)
+
+
+@prefill_shapes
+def test_dense_matmul(benchmark: BenchmarkFixture, shape: Shape, tokens: int) -> None:
+    """As many multiplications as `gate_up` has, in one dense product (cuBLAS on a GPU)."""
+    pairs, outer = tokens * shape.top_k, 2 * shape.intermediate
+    x, w = random(pairs, shape.hidden), random(outer, shape.hidden)
+    out = torch.empty(pairs, outer, dtype=DTYPE, device=DEVICE)
+    teraflop = 2 * pairs * outer * shape.hidden / 1e12
+    measure(benchmark, [lambda: torch.mm(x, w.T, out=out)], teraflop=teraflop)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "context"),
+    [
+        pytest.param(2, 300, id="small"),
+        pytest.param(1, 4096, id="1x4096", marks=gpu),
+        pytest.param(1, 32768, id="1x32768", marks=gpu),
+        pytest.param(16, 8192, id="16x8192", marks=gpu),
+    ],
+)
+def test_paged_decode(benchmark: BenchmarkFixture, sequences: int, context: int) -> None:
+    """Qwen3-30B-A3B's heads; eight layers' pages, so that they do not fit into the L2 cache."""
+    page_size, q_heads, kv_heads, head_dim = 16, 32, 4, 128
+    pages = -(-context // page_size)
+    layers = [random(2, sequences * pages, page_size, kv_heads, head_dim) for _ in range(8 if GPU else 1)]
+    table = torch.randperm(sequences * pages, device=DEVICE).view(sequences, pages).to(torch.int32)
+    q = random(sequences, q_heads, head_dim)
+    query_start = torch.arange(sequences + 1, dtype=torch.int32, device=DEVICE)
+    contexts = torch.full((sequences,), context, dtype=torch.int32, device=DEVICE)
+    calls = [
+        lambda kv=kv: paged_attention(q, kv[0], kv[1], table, query_start, contexts, 1, head_dim**-0.5, 0)
+        for kv in layers
+    ]
+    measure(benchmark, calls, gigabytes=layers[0].nbytes / 1e9)

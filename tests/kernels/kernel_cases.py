@@ -1,0 +1,138 @@
+"""What the kernel tests share: where and in which dtypes they run, how close is close, and random expert layers."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from duomoe.kernels.permute import group_by_expert_reference
+from hypothesis import HealthCheck, settings
+from torch import Tensor
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+# Triton's interpreter multiplies bfloat16 wrongly, so that is tested on a GPU alone.
+DTYPES = [torch.float16, torch.float32] + ([torch.bfloat16] if GPU else [])
+# Of ‖out − reference‖ / ‖reference‖, where both were computed in float32 and rounded to the dtype.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+few = settings(deadline=None, max_examples=8, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+    """Normally distributed numbers, on the device."""
+    random = torch.Generator(DEVICE).manual_seed(seed)
+    return torch.randn(shape, generator=random, device=DEVICE).mul_(scale).to(dtype)
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    """Compare by the norm of the difference; NaN never passes."""
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype
+    difference = norm = 0.0
+    for left, right in zip(actual.flatten().split(1 << 26), expected.flatten().split(1 << 26), strict=True):
+        difference += float((left.double() - right.double()).square().sum())
+        norm += float(right.double().square().sum())
+    limit = TOLERANCE[actual.dtype] * norm**0.5 + 1e-12
+    assert difference**0.5 <= limit, f"differs by {difference**0.5}, more than {limit}"
+
+
+@dataclass
+class ExpertLayer:
+    """One layer's experts in a slot pool, and a pass of tokens routed to them."""
+
+    x: Tensor
+    w_gate_up: Tensor
+    w_down: Tensor
+    slots: Tensor
+    experts: Tensor
+    weights: Tensor
+
+    @property
+    def pairs(self) -> int:
+        return self.experts.numel()
+
+    @property
+    def intermediate(self) -> int:
+        return self.w_down.shape[2]
+
+    def sorted_pairs(self) -> tuple[Tensor, Tensor]:
+        return group_by_expert_reference(self.experts, len(self.slots))
+
+    def resident(self) -> Tensor:
+        """[pairs] bool: whose expert is in a slot."""
+        flat = self.experts.flatten().long()
+        return (flat >= 0) & (self.slots[flat.clamp(min=0)] >= 0)
+
+    def waves(self, count: int, seed: int) -> list["ExpertLayer"]:
+        """The same pass in several waves: each has some of the experts, in other slots of a pool of its own."""
+        wave_of = torch.randint(count, self.slots.shape, generator=generator(seed)).to(DEVICE)
+        found = []
+        for wave in range(count):
+            place = torch.randperm(len(self.w_down), generator=generator(seed + wave + 1)).to(DEVICE)
+            moved = place[self.slots.long()].to(torch.int32)
+            slots = torch.where((self.slots >= 0) & (wave_of == wave), moved, -1)
+            w_gate_up, w_down = torch.empty_like(self.w_gate_up), torch.empty_like(self.w_down)
+            w_gate_up[place], w_down[place] = self.w_gate_up, self.w_down
+            found.append(ExpertLayer(self.x, w_gate_up, w_down, slots, self.experts, self.weights))
+        return found
+
+
+def pool_views(slots: int, hidden: int, intermediate: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Empty `w_gate_up` and `w_down`: views into a pool of rows as an expert lies in them, each part 256-byte aligned."""
+
+    def aligned(elements: int) -> int:
+        unit = 256 // dtype.itemsize
+        return -(-elements // unit) * unit
+
+    down_at = aligned(2 * intermediate * hidden)
+    row = down_at + aligned(intermediate * hidden)
+    pool = torch.empty(slots * row, dtype=dtype, device=DEVICE)
+    gate_up = pool.as_strided((slots, 2 * intermediate, hidden), (row, hidden, 1))
+    return gate_up, pool.as_strided((slots, hidden, intermediate), (row, intermediate, 1), down_at)
+
+
+def expert_layer(
+    seed: int,
+    dtype: torch.dtype,
+    hidden: int,
+    intermediate: int,
+    num_experts: int,
+    top_k: int,
+    tokens: int,
+    absent: float = 0.0,
+    padding: float = 0.0,
+) -> ExpertLayer:
+    """Draw a layer; `absent` is the share of experts without a slot, `padding` that of pairs without an expert."""
+    random = generator(seed)
+    w_gate_up, w_down = pool_views(num_experts + 2, hidden, intermediate, dtype)
+    w_gate_up.copy_(normal(seed + 1, *w_gate_up.shape, scale=hidden**-0.5))
+    w_down.copy_(normal(seed + 2, *w_down.shape, scale=intermediate**-0.5))
+    slots = torch.randperm(num_experts + 2, generator=random)[:num_experts].to(torch.int32)
+    slots[torch.rand(num_experts, generator=random) < absent] = -1
+    experts = torch.rand(tokens, num_experts, generator=random).argsort(-1)[:, :top_k].to(torch.int32)
+    experts[torch.rand(experts.shape, generator=random) < padding] = -1
+    weights = torch.rand(tokens, top_k, generator=random)
+    x = normal(seed + 3, tokens, hidden, dtype=dtype)
+    return ExpertLayer(x, w_gate_up, w_down, slots.to(DEVICE), experts.to(DEVICE), weights.to(DEVICE))
+
+
+def moe_by_hand(layer: ExpertLayer) -> Tensor:
+    """The layer's output [pairs, hidden] in float64, one token and choice after the other; 0 where nobody computes."""
+    out = torch.zeros(layer.pairs, layer.x.shape[1], dtype=torch.float64)
+    top_k = layer.experts.shape[1]
+    for pair in range(layer.pairs):
+        token, choice = divmod(pair, top_k)
+        expert = int(layer.experts[token, choice])
+        if expert < 0 or layer.slots[expert] < 0:
+            continue
+        x = layer.x[token].double().cpu()
+        gate_up = layer.w_gate_up[layer.slots[expert]].double().cpu()
+        down = layer.w_down[layer.slots[expert]].double().cpu()
+        gate, up = gate_up[: layer.intermediate] @ x, gate_up[layer.intermediate :] @ x
+        out[pair] = float(layer.weights[token, choice]) * (down @ (gate / (1 + torch.exp(-gate)) * up))
+    return out

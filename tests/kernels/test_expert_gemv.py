@@ -1,0 +1,134 @@
+import pytest
+import torch
+from duomoe.kernels.combine import combine_reference
+from duomoe.kernels.expert_gemv import (
+    MAX_SPLITS,
+    experts_down_gemv,
+    experts_down_gemv_reference,
+    experts_down_gemv_triton,
+    experts_gate_up_gemv,
+    experts_gate_up_gemv_reference,
+    experts_gate_up_gemv_triton,
+    gemv_splits,
+    use_gemv,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import DEVICE, ExpertLayer, assert_close, each_dtype, expert_layer, few, moe_by_hand
+from torch import Tensor
+
+shapes = st.sampled_from(
+    # hidden, intermediate, experts, top_k
+    [(224, 24, 60, 4), (600, 40, 8, 2), (32, 300, 4, 1), (70, 17, 5, 5), (40, 24, 16, 10)]
+)
+
+
+def poisoned(layer: ExpertLayer, splits: int, down_splits: int) -> tuple[Tensor, Tensor]:
+    """Outputs of gate-up and down that show what was not written."""
+    gate_up = torch.full((splits, layer.pairs, 2 * layer.intermediate), float("nan"), device=DEVICE)
+    return gate_up, torch.full((down_splits, layer.pairs, layer.x.shape[1]), float("nan"), device=DEVICE)
+
+
+def run_triton(layer: ExpertLayer, gate_up: Tensor, out: Tensor) -> None:
+    experts_gate_up_gemv_triton(layer.x, layer.w_gate_up, layer.slots, layer.experts, gate_up)
+    experts_down_gemv_triton(gate_up, layer.w_down, layer.slots, layer.experts, layer.weights, out)
+
+
+def run_reference(layer: ExpertLayer, gate_up: Tensor, out: Tensor) -> None:
+    experts_gate_up_gemv_reference(layer.x, layer.w_gate_up, layer.slots, layer.experts, gate_up)
+    experts_down_gemv_reference(gate_up, layer.w_down, layer.slots, layer.experts, layer.weights, out)
+
+
+def assert_computed(layer: ExpertLayer, splits: int, down_splits: int) -> None:
+    """Compare with the references, and see that the pairs of absent experts stay poisoned."""
+    results, expected = poisoned(layer, splits, down_splits), poisoned(layer, splits, down_splits)
+    run_triton(layer, *results)
+    run_reference(layer, *expected)
+    resident = layer.resident()
+    for result, wanted in zip(results, expected, strict=True):
+        # Weights and activations are widened before they are multiplied, so even 16-bit inputs agree to float32.
+        assert_close(result[:, resident], wanted[:, resident])
+        assert result[:, ~resident].isnan().all()
+
+
+@each_dtype
+@few
+@given(
+    shape=shapes,
+    tokens=st.integers(0, 3),
+    splits=st.tuples(st.integers(1, 8), st.integers(1, 8)),
+    absent=st.sampled_from([0.0, 0.5, 1.0]),
+    padding=st.sampled_from([0.0, 0.2]),
+    seed=st.integers(0, 99),
+)
+def test_kernels_match_the_references(
+    dtype: torch.dtype,
+    shape: tuple[int, int, int, int],
+    tokens: int,
+    splits: tuple[int, int],
+    absent: float,
+    padding: float,
+    seed: int,
+) -> None:
+    assert_computed(expert_layer(seed, dtype, *shape, tokens, absent, padding), *splits)
+
+
+@each_dtype
+@settings(few, max_examples=4)
+@given(shape=shapes, waves=st.integers(2, 3), seed=st.integers(0, 99))
+def test_waves_change_no_bit(dtype: torch.dtype, shape: tuple[int, int, int, int], waves: int, seed: int) -> None:
+    layer = expert_layer(seed, dtype, *shape, 1)
+    whole, in_waves = poisoned(layer, 2, 2), poisoned(layer, 2, 2)
+    run_triton(layer, *whole)
+    for wave in layer.waves(waves, seed):
+        run_triton(wave, *in_waves)
+    assert torch.equal(in_waves[0], whole[0])
+    assert torch.equal(in_waves[1], whole[1])
+
+
+@pytest.mark.parametrize("splits", [(1, 1), (3, 2), (8, 8)])
+def test_references_are_the_sum_over_experts(splits: tuple[int, int]) -> None:
+    layer = expert_layer(5, torch.float32, 600, 300, 8, 2, 5, absent=0.3, padding=0.2)
+    gate_up, out = poisoned(layer, *splits)
+    run_reference(layer, gate_up, out)
+    computed = torch.where(layer.resident(), layer.experts.flatten(), -1).view_as(layer.experts)
+    expected = moe_by_hand(layer).view(5, 2, 600).sum(1).to(DEVICE, torch.float32)
+    assert_close(combine_reference(out, computed, torch.float32), expected)
+
+
+@given(
+    inner=st.integers(1, 20_000),
+    outer=st.integers(1, 40_000),
+    tokens=st.integers(0, 64),
+    top_k=st.integers(1, 16),
+    num_experts=st.integers(1, 512),
+)
+def test_choices_are_sound(inner: int, outer: int, tokens: int, top_k: int, num_experts: int) -> None:
+    splits = gemv_splits(inner, outer, tokens * top_k)
+    assert 1 <= splits <= MAX_SPLITS
+    assert gemv_splits(inner, outer, tokens * top_k + 1) <= splits
+    assert use_gemv(tokens, top_k, num_experts) or not use_gemv(tokens + 1, top_k, num_experts)
+
+
+def test_one_token_takes_the_gemv() -> None:
+    assert use_gemv(1, 2, 8)
+    assert use_gemv(1, 8, 128)
+    assert not use_gemv(1000, 2, 8)
+
+
+def test_ops_keep_their_promises() -> None:
+    layer = expert_layer(0, torch.float32, 32, 24, 8, 2, 2, absent=0.3)
+    gate_up, out = (tensor.zero_() for tensor in poisoned(layer, 1, 1))
+    torch.library.opcheck(experts_gate_up_gemv, (layer.x, layer.w_gate_up, layer.slots, layer.experts, gate_up))
+    args = (gate_up, layer.w_down, layer.slots, layer.experts, layer.weights, out)
+    torch.library.opcheck(experts_down_gemv, args)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("shape", [(4096, 14336, 8, 2), (2048, 768, 128, 8)], ids=["mixtral", "qwen3"])
+def test_real_layers_in_bfloat16(shape: tuple[int, int, int, int], tokens: int) -> None:
+    hidden, intermediate, _, top_k = shape
+    layer = expert_layer(0, torch.bfloat16, *shape, tokens, absent=0.25)
+    pairs = tokens * top_k
+    assert_computed(layer, gemv_splits(hidden, 2 * intermediate, pairs), gemv_splits(intermediate, hidden, pairs))

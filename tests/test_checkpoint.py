@@ -1,0 +1,243 @@
+"""Loading: what is read is what was stored, and every broken folder is named in one line."""
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from duomoe import LLM, InputError
+from duomoe.checkpoint import PIECE_BYTES, Checkpoint
+
+
+@pytest.fixture
+def folder(tiny: Callable[..., Any], tmp_path: Path) -> Path:
+    """Return a tiny checkpoint of its own, to be broken."""
+    return Path(shutil.copytree(tiny("mixtral").path, tmp_path / "model"))
+
+
+def shard(folder: Path, parts: int = 3) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    weight_map = {}
+    for part in range(parts):
+        mine = names[part::parts]
+        file = f"model-{part + 1:05}-of-{parts:05}.safetensors"
+        save_file({name: tensors[name] for name in mine}, folder / file)
+        weight_map |= {name: file for name in mine}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors").unlink()
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def fails(folder: Path, *words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        LLM(folder, device="cpu")
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_shards_read_the_same(folder: Path, prompt_of: Callable[..., list[int]]) -> None:
+    whole = LLM(folder, device="cpu").logits(prompt_of(9))
+    shard(folder)
+    assert torch.equal(LLM(folder, device="cpu").logits(prompt_of(9)), whole)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16, torch.float16])
+def test_values_are_converted_piece_by_piece(tmp_path: Path, stored: torch.dtype, wanted: torch.dtype) -> None:
+    length = PIECE_BYTES // stored.itemsize * 2 + 77  # three pieces, the last a short one
+    tensors = {
+        "long": torch.randn(length).to(stored),
+        "matrix": torch.randn(5, 7).to(stored),
+        "none": torch.empty(0, 3),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    found = {name: torch.full(tensor.shape, 7.0).to(wanted) for name, tensor in tensors.items()}
+    Checkpoint(tmp_path).load(found.items(), quiet=True)
+    for name, tensor in tensors.items():
+        assert torch.equal(found[name], tensor.to(wanted))
+
+
+def test_nan_weights_are_warned_about_by_name(folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors["model.norm.weight"][3].fill_(float("nan")))
+    with pytest.warns(RuntimeWarning, match=r"model\.norm\.weight holds NaN"):
+        LLM(folder, device="cpu").generate([1, 2, 3])  # and still it ends
+
+
+def test_superfluous_tensors_are_warned_about(folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors.update(extra=torch.zeros(3)))
+    with pytest.warns(RuntimeWarning, match="1 tensors are not part of the model and were ignored, first extra"):
+        LLM(folder, device="cpu")
+
+
+def test_a_missing_folder(tmp_path: Path) -> None:
+    fails(tmp_path / "nowhere", "nowhere", "no such folder")
+
+
+def test_a_folder_without_a_model(tmp_path: Path) -> None:
+    fails(tmp_path, "no config.json")
+
+
+def test_config_that_is_no_json(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+    fails(folder, "config.json", "JSON")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(model_type="llama"), ["'llama'", "mixtral, qwen2_moe, qwen3_moe"]),
+        (dict(model_type=None), ["model_type"]),
+        (dict(hidden_size="48"), ["hidden_size", "'48'"]),
+        (dict(hidden_size=-1), ["hidden_size", "-1"]),
+        (dict(num_experts_per_tok=9), ["num_experts_per_tok", "8 experts"]),
+        (dict(num_key_value_heads=3), ["4 attention heads", "3"]),
+        (dict(head_dim=11), ["head_dim", "even"]),
+        (dict(hidden_act="gelu"), ["gelu", "silu"]),
+        (dict(dtype="float8"), ["float8", "bfloat16"]),
+        (dict(rope_parameters=dict(rope_type="longrope", factor=2.0)), ["longrope", "yarn"]),
+        (dict(quantization_config=dict(quant_method="awq")), ["awq", "quantised"]),
+        (dict(quantization_config="awq"), ["quantised"]),
+        (dict(eos_token_id="end"), ["eos_token_id"]),
+        (dict(num_hidden_layers=5), ["no tensor", "model.layers.3"]),
+        (dict(intermediate_size=57), ["experts.0.w1.weight", "[56, 48]", "[57, 48]"]),
+        (dict(vocab_size=0), ["vocab_size"]),
+    ],
+)
+def test_a_config_that_cannot_be_met(folder: Path, change: dict[str, Any], words: list[str]) -> None:
+    config = json.loads((folder / "config.json").read_text()) | change
+    (folder / "config.json").write_text(json.dumps(config))
+    fails(folder, *words)
+
+
+def test_no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    fails(folder, "model.safetensors", "convert")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 100, -1])
+def test_truncated_weights(folder: Path, keep: int) -> None:
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:keep])
+    fails(folder, "model.safetensors", "truncated")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"not json",
+        b"[1, 2]",
+        b'{"x": 3}',
+        b'{"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+        b'{"x": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 0]}}',
+        b'{"x": {"dtype": "F32", "shape": "a", "data_offsets": [0, 0]}}',
+        b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}',
+        b"\xff\xfe",
+    ],
+)
+def test_corrupt_headers(folder: Path, header: bytes) -> None:
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(64))
+    fails(folder, "model.safetensors", "corrupt")
+
+
+def test_integer_weights(folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(48, dtype=torch.int32)}))
+    fails(folder, "model.norm.weight", "I32", "BF16")
+
+
+def test_an_index_that_names_a_missing_shard(folder: Path) -> None:
+    shard(folder)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    fails(folder, "model-00002-of-00003.safetensors", "no such file")
+
+
+def test_an_index_that_points_outside_the_folder(folder: Path) -> None:
+    shard(folder)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-00002", "../model-00002"))
+    fails(folder, "../model-00002")
+
+
+def test_an_index_that_misplaces_a_tensor(folder: Path) -> None:
+    shard(folder)
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["lm_head.weight"] = "model-00003-of-00003.safetensors"
+    index.write_text(json.dumps(content))
+    fails(folder, "lm_head.weight", "model-00003-of-00003.safetensors")
+
+
+def test_a_malformed_index(folder: Path) -> None:
+    shard(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
+    fails(folder, "weight_map")
+
+
+def test_a_missing_tensor(folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors.pop("model.layers.1.block_sparse_moe.experts.5.w2.weight"))
+    fails(folder, "model.layers.1.block_sparse_moe.experts.5.w2.weight")
+
+
+def test_the_model_is_never_held_twice(tmp_path: Path) -> None:
+    """Peak memory while loading stays within 10 % of the checkpoint, above what the process had before."""
+    experts, hidden, inner = 8, 512, 2048
+    config = dict(
+        model_type="mixtral",
+        vocab_size=64,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_local_experts=experts,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+        torch_dtype="float32",
+    )
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = {
+        "model.embed_tokens.weight": (64, hidden),
+        "lm_head.weight": (64, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    for layer in range(4):
+        prefix = f"model.layers.{layer}"
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{prefix}.{name}.weight"] = (hidden,)
+        for name in "qkvo":
+            tensors[f"{prefix}.self_attn.{name}_proj.weight"] = (hidden, hidden)
+        tensors[f"{prefix}.block_sparse_moe.gate.weight"] = (experts, hidden)
+        for expert in range(experts):
+            for name, shape in (("w1", (inner, hidden)), ("w3", (inner, hidden)), ("w2", (hidden, inner))):
+                tensors[f"{prefix}.block_sparse_moe.experts.{expert}.{name}.weight"] = shape
+    save_file({name: torch.rand(shape) for name, shape in tensors.items()}, tmp_path / "model.safetensors")
+    program = (
+        "import resource, sys, torch\n"
+        "from duomoe import LLM\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "import duomoe.llm\n"
+        "torch.rand(64, 64) @ torch.rand(64, 64)\n"
+        "before = peak()\n"
+        "llm = LLM(sys.argv[1], device='cpu', max_batch=1)\n"
+        "print(peak() - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=True)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert size > 400 << 20
+    assert int(done.stdout) < 1.1 * size

@@ -1,0 +1,103 @@
+"""The embedding API."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from duomoe import LLM, EngineConfig, InputError, SamplingParams
+
+
+@pytest.fixture
+def llm(tiny: Callable[..., Any]) -> LLM:
+    return LLM(tiny("qwen3_moe").path, device="cpu", max_batch=2)
+
+
+def test_a_stream_is_the_completion(llm: LLM, prompt_of: Callable[..., list[int]]) -> None:
+    params = SamplingParams(max_new_tokens=10)
+    chunks = list(llm.stream(prompt_of(5), params))
+    whole = llm.generate([prompt_of(5)], params)[0]
+    assert [chunk.token_id for chunk in chunks] == whole.token_ids
+    assert [chunk.completion is None for chunk in chunks] == [True] * 9 + [False]
+    assert chunks[-1].completion is not None and chunks[-1].completion.token_ids == whole.token_ids
+
+
+def test_interleaved_streams_do_not_disturb_each_other(llm: LLM, prompt_of: Callable[..., list[int]]) -> None:
+    params = SamplingParams(max_new_tokens=8)
+    prompts = [prompt_of(length, seed=length) for length in (4, 20, 9)]  # one more than run at once
+    alone = [llm.generate(prompt, params)[0].token_ids for prompt in prompts]
+    streams = [llm.stream(prompt, params) for prompt in prompts]
+    found: list[list[int]] = [[], [], []]
+    for _ in range(8):
+        for tokens, stream in zip(found, streams, strict=True):
+            tokens.append(next(stream).token_id)
+    assert found == alone
+
+
+def test_an_abandoned_stream_gives_its_pages_back(llm: LLM, prompt_of: Callable[..., list[int]]) -> None:
+    stream = llm.stream(prompt_of(30), SamplingParams(max_new_tokens=50))
+    next(stream)
+    assert llm.engine.cache.allocator.used > 0
+    stream.close()
+    allocator = llm.engine.cache.allocator
+    assert allocator.used == 0 and allocator.unreserved == allocator.num_pages
+
+
+def test_a_sequence_ends_at_the_context(llm: LLM, prompt_of: Callable[..., list[int]]) -> None:
+    completion = llm.generate(prompt_of(250), SamplingParams(max_new_tokens=100))[0]
+    assert len(completion.token_ids) == 6 and completion.finish_reason == "length"
+    assert completion.metrics.prompt_tokens == 250
+
+
+def test_prompts_are_checked_before_anything_runs(llm: LLM, prompt_of: Callable[..., list[int]]) -> None:
+    for prompt in ([], [211], [-1], [True], [0.5], prompt_of(256), "text"):
+        with pytest.raises(InputError):
+            llm.generate([prompt_of(3), prompt])  # type: ignore[list-item]
+    assert llm.engine.cache.allocator.used == 0 and not llm.engine.scheduler.waiting
+    assert llm.generate([]) == []
+
+
+def test_a_request_larger_than_the_cache_is_refused(tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LLM, "_num_pages", lambda *_: 3)
+    llm = LLM(tiny("qwen3_moe").path, device="cpu")
+    with pytest.raises(InputError, match="48 tokens"):
+        llm.generate([1] * 49)
+    assert len(llm.generate([1] * 40, SamplingParams(max_new_tokens=100))[0].token_ids) == 8
+
+
+def test_options_are_checked(tiny: Callable[..., Any]) -> None:
+    path = tiny("qwen3_moe").path
+    with pytest.raises(TypeError, match="frobnicate"):
+        LLM(path, frobnicate=1)
+    with pytest.raises(InputError, match="--max-batch"):
+        LLM(path, max_batch=0)
+    assert LLM(path, EngineConfig(device="cpu", dtype="bfloat16")).logits([1, 2]).dtype == torch.float32
+
+
+def test_the_runtime_needs_no_transformers() -> None:
+    """Import every module with transformers, numpy and the other test dependencies out of reach."""
+    program = """
+import importlib, pkgutil, sys
+for name in ("transformers", "accelerate", "hypothesis", "psutil", "pytest"):
+    sys.modules[name] = None
+import duomoe, duomoe.kernels, duomoe.models
+for module in pkgutil.walk_packages(duomoe.__path__, "duomoe."):
+    importlib.import_module(module.name)
+    print(module.name)
+for package in (duomoe.kernels, duomoe.models):
+    for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+        importlib.import_module(module.name)
+        print(module.name)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    for name in (
+        "duomoe.generate",
+        "duomoe.experts.policies.on_demand",
+        "duomoe.engine.engine",
+        "duomoe.kernels.attention",
+        "duomoe.models.mixtral",
+    ):
+        assert name in done.stdout
