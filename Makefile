@@ -1,11 +1,11 @@
 # `make generate` and `make test` are all a newcomer needs; both build .venv when it is missing.
 PYTHON ?= python3
-PROMPT ?= The sea was calm that morning, and
+PROMPT ?= Emma was not at all surprised when
 
 .PHONY: generate test lint bench venv clean
 
 generate: .venv/ready
-	@.venv/bin/python -m duomoe.generate --prompt "$(PROMPT)" --max-new-tokens 128
+	@.venv/bin/python -m duomoe.generate --prompt "$(PROMPT)" --max-new-tokens 128 --temperature 0.8 --top-p 0.95 --seed 1
 
 test: .venv/ready
 	.venv/bin/python -m pytest
@@ -13,7 +13,10 @@ test: .venv/ready
 lint: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/python -m mypy
+	# mypy finds duomoe.kernels and duomoe.models in an ordinary installation, not in an editable one.
+	rm -rf build
+	.venv/bin/python -m pip install --quiet --no-deps --target build/installed .
+	.venv/bin/python -m mypy build/installed/duomoe
 
 bench: .venv/ready
 	.venv/bin/python -m pytest tests/benchmarks --benchmark-enable --benchmark-only

@@ -57,9 +57,10 @@ class Checkpoint:
         self.path = Path(path)
         if not self.path.is_dir():
             raise InputError(f"{self.path}: no such folder; a model is a folder with config.json and safetensors files")
-        self.config = self.read_json("config.json")
-        if self.config is None:
+        config = self.read_json("config.json")
+        if config is None:
             raise InputError(f"{self.path}: no config.json; a model is a folder in Hugging Face layout")
+        self.config = config
         self.tensors = self._find_tensors()
 
     def read_json(self, name: str) -> dict[str, Any] | None:

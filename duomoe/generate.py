@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    warnings.showwarning = _one_line_warning
+    warnings.showwarning = lambda message, *_: print(f"duomoe: warning: {message}", file=sys.stderr)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale says: a model's text is Unicode
     try:
@@ -163,10 +163,6 @@ def _summary(completion: "Completion", llm: "LLM") -> str:
         f"{count / metrics.e2e_s:.1f} tokens/s, {llm.policy_name}, "
         f"{format_size(metrics.experts.link_bytes)} over the link"
     )
-
-
-def _one_line_warning(message: Warning | str, *_: object) -> None:
-    print(f"duomoe: warning: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -64,4 +64,5 @@ class ExpertSum:
 
     def total(self) -> Tensor:
         """Return the sum, [tokens, hidden], once every expert has had its wave."""
-        return combine(self.parts, self.routing.experts, self.h.dtype)
+        total: Tensor = combine(self.parts, self.routing.experts, self.h.dtype)
+        return total

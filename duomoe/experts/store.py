@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from duomoe.experts.format import ExpertFormat
+from duomoe.memory.pinned import pin
 
 
 class ExpertStore:
@@ -19,9 +20,10 @@ class ExpertStore:
         self.format = expert_format
         self.num_experts = num_experts
         shape = (num_experts, expert_format.row_bytes)
-        self.layers: list[Tensor] = [
-            torch.empty(shape, dtype=torch.uint8, device=device, pin_memory=pinned) for _ in range(num_layers)
-        ]
+        self.layers: list[Tensor] = [torch.empty(shape, dtype=torch.uint8, device=device) for _ in range(num_layers)]
+        if pinned:
+            for rows in self.layers:
+                pin(rows)
 
     @property
     def num_bytes(self) -> int:

@@ -8,7 +8,7 @@ training and held-out documents with a fixed seed.
 
 writes ``<domain>.train.txt`` and ``<domain>.heldout.txt`` (documents separated by ``<|endoftext|>``)
 and ``manifest.json`` (bytes, documents, versions and licences).  It needs ``apt-get``, ``dpkg-deb``,
-``pip`` and ``npm`` on the path, and about 2 GB of disk.
+``pip`` and ``npm`` on the path, and about 1.7 GB of disk.
 """
 
 from __future__ import annotations

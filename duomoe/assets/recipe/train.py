@@ -183,7 +183,7 @@ def main() -> None:
         batch = windows.draw(max(1, arguments.batch_tokens // length), length)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
             total, entropy, loads = loss_of(batch)
-        total.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(total)
         return entropy, loads
 
     for length in (arguments.length, config.context):
