@@ -11,6 +11,7 @@ from torch import Tensor
 
 from duomoe.kernels.configuration import TRITON_TYPE, Configuration
 from duomoe.kernels.configuration import capability as capability_of
+from duomoe.kernels.operator import operator
 
 # How many queries the reference scores at once; bounds its workspace to QUERY_CHUNK * context floats per head.
 QUERY_CHUNK = 256
@@ -57,7 +58,7 @@ def paged_attention_reference(
     return out
 
 
-@torch.library.custom_op("duomoe::paged_attention", mutates_args=(), device_types="cpu")
+@operator()
 def paged_attention(
     q: Tensor,
     k_pages: Tensor,
@@ -143,10 +144,12 @@ def _attend(
     k = tl.load(k_pages + at, mask=inside, other=0.0)
     v = tl.load(v_pages + at, mask=inside, other=0.0)
 
-    visible = (key[None, :] <= position[:, None]) & (key < end)[None, :]
-    visible &= (window <= 0) | (key[None, :] > position[:, None] - window)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-    scores = tl.where(visible, scores, float("-inf"))
+    # Most tiles of a long prompt lie before its first row and inside its last row's window: they need no mask.
+    if (start + BLOCK_N - 1 > tl.min(position, 0)) | (start <= tl.where(window > 0, tl.max(position, 0) - window, -1)):
+        visible = (key[None, :] <= position[:, None]) & (key < end)[None, :]
+        visible &= (window <= 0) | (key[None, :] > position[:, None] - window)
+        scores = tl.where(visible, scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, 1))
     # A row that has seen no key yet still has its peak at -inf, and -inf - -inf would be NaN.
     shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
@@ -333,13 +336,10 @@ def _prefill_options(max_query_len: int, head_dim: int, dtype: torch.dtype, capa
     if dtype == torch.float32:
         largest = 32
     block_m = min(triton.next_power_of_2(max(max_query_len, 16)), largest)
-    return {
-        "BLOCK_M": block_m,
-        "BLOCK_N": 64 if dtype != torch.float32 and (hopper or block_d <= 64) else 32,
-        "BLOCK_D": block_d,
-        "num_warps": 8 if block_m == 128 else 4,
-        "num_stages": 2,
-    }
+    roomy = hopper or (block_d <= 64 and capability // 10 != 10)
+    block_n = 64 if roomy and dtype != torch.float32 else 32
+    options = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": 4, "num_stages": 2}
+    return options | {"BLOCK_N": 128, "num_warps": 8, "num_stages": 3} if block_m == 128 else options
 
 
 def _decode_options(group: int, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
@@ -356,10 +356,10 @@ def _decode_options(group: int, head_dim: int, dtype: torch.dtype) -> dict[str, 
 
 def _reduce_options(head_dim: int) -> dict[str, int]:
     """Choose how many chunks are joined at once."""
-    return {"CHUNK": CHUNK, "BLOCK_C": 16, "BLOCK_D": triton.next_power_of_2(head_dim), "num_warps": 4}
+    return {"CHUNK": CHUNK, "BLOCK_C": 64, "BLOCK_D": triton.next_power_of_2(head_dim), "num_warps": 8}
 
 
-@paged_attention.register_kernel("cuda")
+@paged_attention.register_cuda
 def paged_attention_triton(
     q: Tensor,
     k_pages: Tensor,

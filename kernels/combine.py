@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from duomoe.kernels.configuration import TRITON_TYPE, Configuration
+from duomoe.kernels.operator import operator
 
 
 def combine_reference(parts: Tensor, experts: Tensor, dtype: torch.dtype) -> Tensor:
@@ -21,7 +22,7 @@ def combine_reference(parts: Tensor, experts: Tensor, dtype: torch.dtype) -> Ten
     return total.to(dtype)
 
 
-@torch.library.custom_op("duomoe::combine", mutates_args=(), device_types="cpu")
+@operator()
 def combine(parts: Tensor, experts: Tensor, dtype: torch.dtype) -> Tensor:
     """Add up each token's expert outputs in float32, choice by choice and split by split.
 
@@ -63,7 +64,7 @@ def _combine_kernel(
         # Masked, not multiplied by zero: nobody wrote a padding pair's part, so it may hold NaN.
         real = inside & (tl.load(experts + pair) >= 0)
         for split in tl.static_range(SPLITS):
-            at = parts + (split * pairs.to(tl.int64) + pair) * hidden + column
+            at = parts + (split * tl.cast(pairs, tl.int64) + pair) * hidden + column
             total += tl.load(at, mask=real, other=0.0).to(tl.float32)
     tl.store(out + token * hidden + column, total.to(out.dtype.element_ty), mask=inside)
 
@@ -73,7 +74,7 @@ def _options(splits: int, top_k: int) -> dict[str, int]:
     return {"SPLITS": splits, "TOP_K": top_k, "BLOCK": 512, "num_warps": 2}
 
 
-@combine.register_kernel("cuda")
+@combine.register_cuda
 def combine_triton(parts: Tensor, experts: Tensor, dtype: torch.dtype) -> Tensor:
     """Launch the kernel of `combine`."""
     splits, pairs, hidden = parts.shape

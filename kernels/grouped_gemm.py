@@ -14,6 +14,7 @@ from torch import Tensor
 
 from duomoe.kernels.configuration import TRITON_TYPE, Configuration, multiprocessors, shared_memory
 from duomoe.kernels.configuration import capability as capability_of
+from duomoe.kernels.operator import operator
 
 
 def experts_gate_up_reference(
@@ -44,7 +45,7 @@ def experts_down_reference(
         out[pairs] = (y * weights.flatten()[pairs, None]).to(out.dtype)
 
 
-@torch.library.custom_op("duomoe::experts_gate_up", mutates_args=("out",), device_types="cpu")
+@operator(mutates_args=("out",))
 def experts_gate_up(
     x: Tensor, w_gate_up: Tensor, slots: Tensor, order: Tensor, offsets: Tensor, top_k: int, out: Tensor
 ) -> None:
@@ -67,7 +68,7 @@ def _(x: Tensor, w_gate_up: Tensor, slots: Tensor, order: Tensor, offsets: Tenso
     return None
 
 
-@torch.library.custom_op("duomoe::experts_down", mutates_args=("out",), device_types="cpu")
+@operator(mutates_args=("out",))
 def experts_down(
     h: Tensor, w_down: Tensor, slots: Tensor, order: Tensor, offsets: Tensor, weights: Tensor, out: Tensor
 ) -> None:
@@ -167,7 +168,7 @@ def _gate_up_kernel(
         inner = tl.arange(0, BLOCK_K)
         a_at = x + token[:, None] * hidden + inner[None, :]
         gate_at = w_gate_up + slot * slot_stride + row[None, :] * hidden + inner[:, None]
-        up_at = gate_at + intermediate.to(tl.int64) * hidden
+        up_at = gate_at + tl.cast(intermediate, tl.int64) * hidden
 
         gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -218,6 +219,9 @@ def _down_kernel(
         inner = tl.arange(0, BLOCK_K)
         a_at = h + place.to(tl.int64)[:, None] * intermediate + inner[None, :]
         w_at = w_down + slot * slot_stride + row[None, :] * intermediate + inner[:, None]
+        # Loaded here, so that they arrive during the loop.
+        pair = tl.load(order + place)
+        factor = tl.load(weights + pair)
 
         y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, intermediate, BLOCK_K):
@@ -229,8 +233,7 @@ def _down_kernel(
             y = tl.dot(a, w, y, input_precision="ieee")
             a_at += BLOCK_K
             w_at += BLOCK_K
-        pair = tl.load(order + place)
-        y *= tl.load(weights + pair)[:, None]
+        y *= factor[:, None]
         to = out + pair.to(tl.int64)[:, None] * hidden + column[None, :]
         tl.store(to, y.to(out.dtype.element_ty), mask=own[:, None] & (column < hidden)[None, :])
 
@@ -240,18 +243,19 @@ def _options(
 ) -> dict[str, int | bool]:
     """Choose the tile for a pass of `pairs`, when each tile of activations meets `matrices` tiles of weights.
 
-    The tile is as high as an expert has pairs on average, within what tensor cores like. Only the pipeline's depth
-    (`num_stages`) depends on the GPU, so every GPU adds in the same order.
+    The tile is higher than an expert has pairs on average, so that most experts' weights are read once, within what
+    tensor cores like. BLOCK_K, and with it the order of the additions, is the same for every pass and GPU.
     """
     mean_pairs = triton.cdiv(pairs, num_experts)
     if dtype == torch.float32:
         block_m, width, block_k, warps = 16, 64, 32, 4
     else:
-        block_m = min(max(triton.next_power_of_2(mean_pairs), 16), 128)
+        block_m = 128 if mean_pairs > 64 else min(max(triton.next_power_of_2(2 * mean_pairs), 16), 64)
         # Only Hopper's tensor cores take both operands from shared memory; elsewhere the wide tile spills registers.
-        width = 256 if block_m == 128 and capability == 90 else 128
+        width = 256 if block_m >= 64 and capability == 90 else 128
         # Blackwell's (10.x) keep the sums in a memory of their own, so 4 warps have registers enough.
-        block_k, warps = 64, 8 if block_m == 128 and capability // 10 != 10 else 4
+        warps = 8 if width == 256 or (block_m == 128 and capability // 10 != 10) else 4
+        block_k = 64
     stage = (block_m + width) * block_k * dtype.itemsize
     return {
         "EVEN_K": inner % block_k == 0,
@@ -259,20 +263,21 @@ def _options(
         "BLOCK_N": width // matrices,
         "BLOCK_K": block_k,
         "BLOCK_E": triton.next_power_of_2(num_experts),
-        "GROUP_M": 8,
+        "GROUP_M": 16,
         "num_warps": warps,
-        "num_stages": min(max(shared_memory(capability) // stage, 2), 4),
+        "num_stages": min(max(shared_memory(capability) // stage, 2), 3 if warps == 8 else 4),
     }
 
 
 def _programs(pairs: int, num_experts: int, outer: int, options: dict[str, int | bool], device: torch.device) -> int:
     """Return how many programs share the tiles: as many as run at once, but no more than there can be tiles."""
     tiles_m = min(pairs, triton.cdiv(pairs, options["BLOCK_M"]) + num_experts)
-    at_once = multiprocessors(device) * (1 if options["BLOCK_M"] == 128 else 3)
+    large = options["BLOCK_M"] == 128 or options["num_warps"] == 8
+    at_once = multiprocessors(device) * (1 if large else 3)
     return min(tiles_m * triton.cdiv(outer, options["BLOCK_N"]), at_once)
 
 
-@experts_gate_up.register_kernel("cuda")
+@experts_gate_up.register_cuda
 def experts_gate_up_triton(
     x: Tensor, w_gate_up: Tensor, slots: Tensor, order: Tensor, offsets: Tensor, top_k: int, out: Tensor
 ) -> None:
@@ -288,7 +293,7 @@ def experts_gate_up_triton(
     )  # fmt: skip
 
 
-@experts_down.register_kernel("cuda")
+@experts_down.register_cuda
 def experts_down_triton(
     h: Tensor, w_down: Tensor, slots: Tensor, order: Tensor, offsets: Tensor, weights: Tensor, out: Tensor
 ) -> None:
@@ -311,7 +316,7 @@ def configurations(dtype: torch.dtype, capability: int) -> list[Configuration]:
     gate_up = types | {"x": pointer, "w_gate_up": pointer}
     down = types | {"h": pointer, "w_down": pointer, "weights": "*fp32:16"}
     found = []
-    for pairs, inner in ((128, 2048), (32 * 128, 2048), (64 * 128, 2048), (128 * 128, 2048), (128 * 128, 2080)):
+    for pairs, inner in ((128, 2048), (16 * 128, 2048), (64 * 128, 2048), (128 * 128, 2048), (128 * 128, 2080)):
         options = _options(pairs, 128, inner, 2, dtype, capability) | {"TOP_K": 8}
         found.append(Configuration(_gate_up_kernel, gate_up, options, tensor_cores=True, wide_loads=True))
         options = _options(pairs, 128, inner, 1, dtype, capability)

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from duomoe.kernels.configuration import Configuration
+from duomoe.kernels.operator import operator
 
 
 def group_by_expert_reference(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -19,7 +20,7 @@ def group_by_expert_reference(experts: Tensor, num_experts: int) -> tuple[Tensor
     return order, offsets
 
 
-@torch.library.custom_op("duomoe::group_by_expert", mutates_args=(), device_types="cpu")
+@operator()
 def group_by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Sort pairs by expert, stably. A pair is the number `token * top_k + choice`.
 
@@ -89,7 +90,7 @@ def _place_kernel(
 BLOCK = 128
 
 
-@group_by_expert.register_kernel("cuda")
+@group_by_expert.register_cuda
 def group_by_expert_triton(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Launch the kernels of `group_by_expert`: a counting sort, stable because blocks and ranks keep the order."""
     flat = experts.flatten()

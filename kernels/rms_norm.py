@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from duomoe.kernels.configuration import TRITON_TYPE, Configuration
+from duomoe.kernels.operator import operator
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -21,7 +22,7 @@ def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: flo
     return rms_norm_reference(total, weight, eps), total
 
 
-@torch.library.custom_op("duomoe::rms_norm", mutates_args=(), device_types="cpu")
+@operator()
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Scale each row of `x` [..., hidden] to unit root mean square, then by `weight` [hidden]; same dtype as `x`."""
     return rms_norm_reference(x, weight, eps)
@@ -32,7 +33,7 @@ def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("duomoe::add_rms_norm", mutates_args=(), device_types="cpu")
+@operator()
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Add `x` to `residual` (both [..., hidden]) and normalise the sum.
 
@@ -82,7 +83,7 @@ def _options(hidden: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 8)}
 
 
-@rms_norm.register_kernel("cuda")
+@rms_norm.register_cuda
 def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Launch the kernel of `rms_norm`."""
     hidden = x.shape[-1]
@@ -95,7 +96,7 @@ def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out.view(x.shape)
 
 
-@add_rms_norm.register_kernel("cuda")
+@add_rms_norm.register_cuda
 def add_rms_norm_triton(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Launch the kernel of `add_rms_norm`."""
     hidden = x.shape[-1]

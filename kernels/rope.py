@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from duomoe.kernels.configuration import TRITON_TYPE, Configuration
+from duomoe.kernels.operator import operator
 from duomoe.kernels.rms_norm import rms_norm_reference
 
 
@@ -45,7 +46,7 @@ def rope_and_cache_reference(
     return rotate(q).to(qkv.dtype)
 
 
-@torch.library.custom_op("duomoe::rope_and_cache", mutates_args=("k_pages", "v_pages"), device_types="cpu")
+@operator(mutates_args=("k_pages", "v_pages"))
 def rope_and_cache(
     qkv: Tensor,
     cos: Tensor,
@@ -178,7 +179,7 @@ def _options(head_dim: int) -> dict[str, int]:
     return {"HEAD_DIM": head_dim, "HEADS": 8, "BLOCK": triton.next_power_of_2(head_dim // 2), "num_warps": 2}
 
 
-@rope_and_cache.register_kernel("cuda")
+@rope_and_cache.register_cuda
 def rope_and_cache_triton(
     qkv: Tensor,
     cos: Tensor,

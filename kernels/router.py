@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from duomoe.kernels.configuration import TRITON_TYPE, Configuration
+from duomoe.kernels.operator import operator
 
 
 def route_reference(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
@@ -19,7 +20,7 @@ def route_reference(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tens
     return weights.contiguous(), experts[:, :top_k].to(torch.int32).contiguous()
 
 
-@torch.library.custom_op("duomoe::route", mutates_args=(), device_types="cpu")
+@operator()
 def route(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
     """Choose `top_k` experts for each token.
 
@@ -92,7 +93,7 @@ def _options(num_experts: int, top_k: int, renormalize: bool) -> dict[str, int |
     return options | {"TOP_K": top_k, "RENORMALIZE": renormalize}
 
 
-@route.register_kernel("cuda")
+@route.register_cuda
 def route_triton(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
     """Launch the kernel of `route`."""
     tokens, num_experts = logits.shape

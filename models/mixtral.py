@@ -26,8 +26,9 @@ def parse(raw: Mapping[str, Any]) -> ModelConfig:
 def block_sources(c: ModelConfig, layer: int) -> dict[str, Sources]:
     """Name the checkpoint tensors of a block."""
     prefix = f"model.layers.{layer}"
-    router = {"router": [(f"{prefix}.block_sparse_moe.gate.weight", (c.num_experts, c.hidden_size))]}
-    return {**attention_sources(c, prefix), **router}
+    sources = attention_sources(c, prefix)
+    sources["router"] = [(f"{prefix}.block_sparse_moe.gate.weight", (c.num_experts, c.hidden_size))]
+    return sources
 
 
 def expert_sources(c: ModelConfig, layer: int, expert: int) -> dict[str, Sources]:

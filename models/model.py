@@ -1,6 +1,9 @@
 """A model: an embedding, blocks and a head, with its weights on the compute device and its experts elsewhere."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
+from types import FunctionType
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +16,11 @@ from duomoe.models.batch import Batch, LayerKV, Routing
 from duomoe.models.config import ModelConfig
 from duomoe.models.rope import Rotary
 from duomoe.models.weights import BlockWeights, Sources
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_copies = itertools.count()
 
 
 class Model:
@@ -45,8 +53,7 @@ class Model:
         self.head = self.embedding if tied else self._allocate([("lm_head.weight", vocab_by_hidden)])
         self._before, self._after = block.before, block.after
         if compiled:
-            self._before = torch.compile(block.before, fullgraph=True, dynamic=True)
-            self._after = torch.compile(block.after, fullgraph=True, dynamic=True)
+            self._before, self._after = _compiled(block.before), _compiled(block.after)
 
     def _allocate(self, sources: Sources) -> Tensor:
         rows = sum(shape[0] for _, shape in sources)
@@ -79,6 +86,21 @@ class Model:
     def logits(self, x: Tensor) -> Tensor:
         """Return float32 logits [tokens, vocab] of the residual stream [tokens, hidden] that left the last block."""
         return F.linear(rms_norm(x, self.final_norm, self.config.rms_norm_eps), self.head).float()
+
+
+def _compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """Return a compiled copy of a function.
+
+    torch.compile keeps what it has compiled with a function's code, and gives up at the eighth variant. Each model gets
+    a copy, so that several in one process do not use up each other's; and a block needs more than eight where layers
+    differ (experts or dense, window or none), each for one token or many and one sequence or several.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    assert isinstance(function, FunctionType)
+    name = f"{function.__name__}_{next(_copies)}"
+    copy = FunctionType(function.__code__.replace(co_name=name), function.__globals__, name, function.__defaults__)
+    compiled: Callable[P, R] = torch.compile(copy, fullgraph=True, dynamic=True)
+    return compiled
 
 
 def stacked(sources: Sources, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -73,7 +73,8 @@ class Engine:
 
     def _batch(self, numbers: list[int], tokens: Sequence[list[int]], lengths: list[int]) -> Batch:
         pages = [self.cache.allocator.grow(number, length) for number, length in zip(numbers, lengths, strict=True)]
-        width = max(map(len, pages))
+        # Never 1, for which torch.compile would make a variant of its own.
+        width = max(2, *map(len, pages))
         spans = list(zip(tokens, lengths, strict=True))
         query_start = [0]
         for new in tokens:

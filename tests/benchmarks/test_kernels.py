@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+
 from duomoe.kernels import (
     experts_down,
     experts_down_gemv,
@@ -19,8 +22,6 @@ from duomoe.kernels import (
     paged_attention,
 )
 from duomoe.kernels.expert_gemv import gemv_splits
-from pytest_benchmark.fixture import BenchmarkFixture
-from torch import Tensor
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from duomoe.kernels.permute import group_by_expert_reference
 from hypothesis import HealthCheck, settings
 from torch import Tensor
+
+from duomoe.kernels.permute import group_by_expert_reference
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -83,7 +84,7 @@ class ExpertLayer:
 
 
 def pool_views(slots: int, hidden: int, intermediate: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Empty `w_gate_up` and `w_down`: views into a pool of rows as an expert lies in them, each part 256-byte aligned."""
+    """Empty `w_gate_up` and `w_down`: views into a pool of expert rows, each part 256-byte aligned."""
 
     def aligned(elements: int) -> int:
         unit = 256 // dtype.itemsize

@@ -3,11 +3,12 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.nn.functional as F
-from duomoe.kernels.attention import paged_attention, paged_attention_reference, paged_attention_triton
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import DEVICE, assert_close, each_dtype, few, generator, normal
 from torch import Tensor
+
+from duomoe.kernels.attention import paged_attention, paged_attention_reference, paged_attention_triton
 
 
 @dataclass
@@ -136,6 +137,14 @@ def test_decode_matches_the_reference(
 
 
 @each_dtype
+@pytest.mark.parametrize("window", [0, 8500])
+def test_decode_joins_very_many_chunks(dtype: torch.dtype, window: int) -> None:
+    case = draw(0, dtype, [1], [9000], 16, 1, 1, 32, window)
+    case.k_pages[case.page_table[0, 560].long()] *= 3  # So that the largest score is found late.
+    assert_close(paged_attention_triton(*case.args()), paged_attention_reference(*case.args()))
+
+
+@each_dtype
 @few
 @given(context=st.sampled_from([1, 60, 200]), page_size=page_sizes, head=heads, window=windows, seed=st.integers(0, 99))
 def test_decode_is_the_last_row_of_prefill(
@@ -188,7 +197,7 @@ def test_reference_is_attention(queries: list[int], window: int) -> None:
 
 @pytest.mark.parametrize("queries", [[1, 1], [5, 2]])
 def test_op_keeps_its_promises(queries: list[int]) -> None:
-    torch.library.opcheck(paged_attention, draw(0, torch.float32, queries, [3, 9]).args())
+    torch.library.opcheck(paged_attention.overload, draw(0, torch.float32, queries, [3, 9]).args())
 
 
 @pytest.mark.gpu

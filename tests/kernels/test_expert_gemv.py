@@ -1,5 +1,10 @@
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from kernel_cases import DEVICE, ExpertLayer, assert_close, each_dtype, expert_layer, few, moe_by_hand
+from torch import Tensor
+
 from duomoe.kernels.combine import combine_reference
 from duomoe.kernels.expert_gemv import (
     MAX_SPLITS,
@@ -12,14 +17,10 @@ from duomoe.kernels.expert_gemv import (
     gemv_splits,
     use_gemv,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from kernel_cases import DEVICE, ExpertLayer, assert_close, each_dtype, expert_layer, few, moe_by_hand
-from torch import Tensor
 
 shapes = st.sampled_from(
     # hidden, intermediate, experts, top_k
-    [(224, 24, 60, 4), (600, 40, 8, 2), (32, 300, 4, 1), (70, 17, 5, 5), (40, 24, 16, 10)]
+    [(224, 24, 60, 4), (520, 20, 8, 2), (32, 270, 4, 1), (70, 17, 5, 5), (40, 24, 16, 10)]
 )
 
 
@@ -52,15 +53,16 @@ def assert_computed(layer: ExpertLayer, splits: int, down_splits: int) -> None:
 
 
 @each_dtype
-@few
+@settings(few, max_examples=5)
 @given(
     shape=shapes,
-    tokens=st.integers(0, 3),
-    splits=st.tuples(st.integers(1, 8), st.integers(1, 8)),
+    tokens=st.integers(0, 2),
+    splits=st.sampled_from([(1, 1), (2, 1), (3, 2), (8, 8)]),
     absent=st.sampled_from([0.0, 0.5, 1.0]),
     padding=st.sampled_from([0.0, 0.2]),
     seed=st.integers(0, 99),
 )
+@example(shape=(520, 270, 2, 1), tokens=1, splits=(1, 1), absent=0.0, padding=0.0, seed=0)
 def test_kernels_match_the_references(
     dtype: torch.dtype,
     shape: tuple[int, int, int, int],
@@ -74,7 +76,7 @@ def test_kernels_match_the_references(
 
 
 @each_dtype
-@settings(few, max_examples=4)
+@settings(few, max_examples=2)
 @given(shape=shapes, waves=st.integers(2, 3), seed=st.integers(0, 99))
 def test_waves_change_no_bit(dtype: torch.dtype, shape: tuple[int, int, int, int], waves: int, seed: int) -> None:
     layer = expert_layer(seed, dtype, *shape, 1)
@@ -119,9 +121,11 @@ def test_one_token_takes_the_gemv() -> None:
 def test_ops_keep_their_promises() -> None:
     layer = expert_layer(0, torch.float32, 32, 24, 8, 2, 2, absent=0.3)
     gate_up, out = (tensor.zero_() for tensor in poisoned(layer, 1, 1))
-    torch.library.opcheck(experts_gate_up_gemv, (layer.x, layer.w_gate_up, layer.slots, layer.experts, gate_up))
+    torch.library.opcheck(
+        experts_gate_up_gemv.overload, (layer.x, layer.w_gate_up, layer.slots, layer.experts, gate_up)
+    )
     args = (gate_up, layer.w_down, layer.slots, layer.experts, layer.weights, out)
-    torch.library.opcheck(experts_down_gemv, args)
+    torch.library.opcheck(experts_down_gemv.overload, args)
 
 
 @pytest.mark.gpu

@@ -1,5 +1,10 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import DEVICE, ExpertLayer, assert_close, each_dtype, expert_layer, few, moe_by_hand
+from torch import Tensor
+
 from duomoe.kernels.grouped_gemm import (
     experts_down,
     experts_down_reference,
@@ -8,10 +13,6 @@ from duomoe.kernels.grouped_gemm import (
     experts_gate_up_reference,
     experts_gate_up_triton,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from kernel_cases import DEVICE, ExpertLayer, assert_close, each_dtype, expert_layer, few, moe_by_hand
-from torch import Tensor
 
 shapes = st.sampled_from(
     # hidden, intermediate, experts, top_k
@@ -110,8 +111,8 @@ def test_ops_keep_their_promises() -> None:
     layer = expert_layer(0, torch.float32, 32, 24, 8, 2, 5, absent=0.3)
     order, offsets = layer.sorted_pairs()
     h, out = (tensor.zero_() for tensor in poisoned(layer))
-    torch.library.opcheck(experts_gate_up, (layer.x, layer.w_gate_up, layer.slots, order, offsets, 2, h))
-    torch.library.opcheck(experts_down, (h, layer.w_down, layer.slots, order, offsets, layer.weights, out))
+    torch.library.opcheck(experts_gate_up.overload, (layer.x, layer.w_gate_up, layer.slots, order, offsets, 2, h))
+    torch.library.opcheck(experts_down.overload, (h, layer.w_down, layer.slots, order, offsets, layer.weights, out))
 
 
 @pytest.mark.gpu

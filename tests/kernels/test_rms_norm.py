@@ -1,5 +1,9 @@
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from kernel_cases import DEVICE, assert_close, each_dtype, few, normal
+
 from duomoe.kernels.rms_norm import (
     add_rms_norm,
     add_rms_norm_reference,
@@ -8,9 +12,6 @@ from duomoe.kernels.rms_norm import (
     rms_norm_reference,
     rms_norm_triton,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-from kernel_cases import DEVICE, assert_close, each_dtype, few, normal
 
 
 @each_dtype
@@ -49,7 +50,7 @@ def test_reference_is_rms_norm(dtype: torch.dtype) -> None:
 
 def test_ops_keep_their_promises() -> None:
     x, weight = normal(0, 3, 32), normal(1, 32)
-    torch.library.opcheck(rms_norm, (x, weight, 1e-6))
-    torch.library.opcheck(rms_norm, (normal(2, 3, 2, 40)[..., :32], weight, 1e-6))
-    torch.library.opcheck(add_rms_norm, (x, normal(3, 3, 32), weight, 1e-6))
+    torch.library.opcheck(rms_norm.overload, (x, weight, 1e-6))
+    torch.library.opcheck(rms_norm.overload, (normal(2, 3, 2, 40)[..., :32], weight, 1e-6))
+    torch.library.opcheck(add_rms_norm.overload, (x, normal(3, 3, 32), weight, 1e-6))
     assert rms_norm(x, weight, 1e-6).device.type == DEVICE.type

@@ -1,10 +1,11 @@
 import pytest
 import torch
-from duomoe.kernels.rope import rope_and_cache, rope_and_cache_reference, rope_and_cache_triton
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import DEVICE, assert_close, each_dtype, few, generator, normal
 from torch import Tensor
+
+from duomoe.kernels.rope import rope_and_cache, rope_and_cache_reference, rope_and_cache_triton
 
 
 def angles(seed: int, tokens: int, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -77,4 +78,4 @@ def test_op_keeps_its_promises() -> None:
     k_pages, v_pages = torch.zeros(2, 2, 3, 2, 32, device=DEVICE)
     rows = torch.tensor([5, -1, 0], device=DEVICE)
     args = (normal(0, 3, 8 * 32), *angles(1, 3, 32), k_pages, v_pages.clone(), rows, normal(2, 32), normal(3, 32), 1e-6)
-    torch.library.opcheck(rope_and_cache, args)
+    torch.library.opcheck(rope_and_cache.overload, args)

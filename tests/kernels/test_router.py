@@ -1,9 +1,10 @@
 import pytest
 import torch
-from duomoe.kernels.router import route, route_reference, route_triton
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import assert_close, each_dtype, few, normal
+
+from duomoe.kernels.router import route, route_reference, route_triton
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NaN in numpy.
 
@@ -65,4 +66,4 @@ def test_reference_is_topk_of_softmax() -> None:
 
 @pytest.mark.parametrize("renormalize", [False, True])
 def test_op_keeps_its_promises(renormalize: bool) -> None:
-    torch.library.opcheck(route, (normal(0, 5, 8), 2, renormalize))
+    torch.library.opcheck(route.overload, (normal(0, 5, 8), 2, renormalize))

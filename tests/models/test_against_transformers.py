@@ -45,15 +45,19 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_and_greedy_tokens_equal_transformers(
-    name: str, tiny: Callable[..., Any], prompt_of: Callable[..., list[int]]
+    name: str, device: str, tiny: Callable[..., Any], prompt_of: Callable[..., list[int]]
 ) -> None:
     family, overrides = CONFIGS[name]
     model = tiny(family, **overrides)
     prompt = prompt_of(40)
-    llm = LLM(model.path, device="cpu")
-    torch.testing.assert_close(llm.logits(prompt), model.logits(prompt), atol=1e-4, rtol=0)
+    llm = LLM(model.path, device=device, compile="off")
+    torch.testing.assert_close(llm.logits(prompt).cpu(), model.logits(prompt), atol=1e-4, rtol=0)
 
     completion = llm.generate(prompt, SamplingParams(max_new_tokens=64))[0]
     assert completion.token_ids == model.greedy(prompt, 64)
@@ -92,12 +96,27 @@ def test_a_batch_of_unequal_prompts_equals_one_by_one(
     assert llm.engine.cache.allocator.used == 0
 
 
-def test_compiled_blocks_give_the_same_tokens(tiny: Callable[..., Any], prompt_of: Callable[..., list[int]]) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled_blocks_give_the_same_tokens(
+    device: str, tiny: Callable[..., Any], prompt_of: Callable[..., list[int]]
+) -> None:
     model = tiny("qwen2_moe", mlp_only_layers=[1], num_hidden_layers=4)
     prompt = prompt_of(20)
-    compiled = LLM(model.path, device="cpu", compile="on")
-    torch.testing.assert_close(compiled.logits(prompt), model.logits(prompt), atol=1e-4, rtol=0)
+    compiled = LLM(model.path, device=device, compile="on")
+    torch.testing.assert_close(compiled.logits(prompt).cpu(), model.logits(prompt), atol=1e-4, rtol=0)
     assert compiled.generate(prompt, SamplingParams(max_new_tokens=16))[0].token_ids == model.greedy(prompt, 16)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_many_compiled_models_in_one_process(
+    device: str, tiny: Callable[..., Any], prompt_of: Callable[..., list[int]]
+) -> None:
+    """torch.compile gives up at the eighth variant of a function; each model must have variants of its own."""
+    models = [tiny("mixtral", num_hidden_layers=1, hidden_size=32 + 8 * index) for index in range(3)]
+    for model in [*models, *models, *models]:
+        llm = LLM(model.path, device=device, compile="on")
+        prompt = prompt_of(5)
+        torch.testing.assert_close(llm.logits(prompt).cpu(), model.logits(prompt), atol=1e-4, rtol=0)
 
 
 def test_old_config_spellings_read_the_same(
