@@ -8,7 +8,8 @@ generate: .venv/ready
 	@.venv/bin/python -m duomoe.generate --prompt "$(PROMPT)" --max-new-tokens 128 --temperature 0.8 --top-p 0.95 --seed 1
 
 test: .venv/ready
-	.venv/bin/python -m pytest
+	# Not `python -m pytest`, which would put this folder, and with it a bare `kernels`, on transformers' path.
+	.venv/bin/pytest
 
 lint: .venv/ready
 	.venv/bin/ruff check .
@@ -19,7 +20,7 @@ lint: .venv/ready
 	.venv/bin/python -m mypy build/installed/duomoe
 
 bench: .venv/ready
-	.venv/bin/python -m pytest tests/benchmarks --benchmark-enable --benchmark-only
+	.venv/bin/pytest tests/benchmarks --benchmark-enable --benchmark-only
 
 venv: .venv/ready
 
