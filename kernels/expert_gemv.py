@@ -211,7 +211,8 @@ def gemv_splits(inner: int, outer: int, pairs: int) -> int:
         pairs: `tokens * top_k`.
     """
     programs = max(pairs, 1) * triton.cdiv(outer, BLOCK_N)
-    return min(triton.cdiv(FULL, programs), triton.cdiv(inner, PART_UNIT), MAX_SPLITS)
+    splits: int = min(triton.cdiv(FULL, programs), triton.cdiv(inner, PART_UNIT), MAX_SPLITS)
+    return splits
 
 
 @experts_gate_up_gemv.register_cuda

@@ -274,7 +274,8 @@ def _programs(pairs: int, num_experts: int, outer: int, options: dict[str, int |
     tiles_m = min(pairs, triton.cdiv(pairs, options["BLOCK_M"]) + num_experts)
     large = options["BLOCK_M"] == 128 or options["num_warps"] == 8
     at_once = multiprocessors(device) * (1 if large else 3)
-    return min(tiles_m * triton.cdiv(outer, options["BLOCK_N"]), at_once)
+    programs: int = min(tiles_m * triton.cdiv(outer, options["BLOCK_N"]), at_once)
+    return programs
 
 
 @experts_gate_up.register_cuda
