@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from duomoe.errors import InputError
+from duomoe.experts.link import Pace
 from duomoe.models.config import DTYPES, ModelConfig
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
@@ -17,9 +18,11 @@ class EngineConfig:
 
     device: str = "auto"  # auto (cuda where there is one), cpu, cuda
     dtype: str = "auto"  # auto (the checkpoint's), float32, bfloat16, float16
-    policy: str = "auto"  # auto (resident where every expert has a slot, else on_demand), or a policy's name
+    policy: str = "auto"  # auto (resident where every expert has a slot, else lru), or a policy's name
     expert_memory: str | int | None = None  # of expert slots on the device: bytes or a size as "2GiB"; None: no limit
     compile: str = "auto"  # torch.compile for the non-expert layers: auto (on for CUDA), on, off
+    link_bandwidth: str | int | None = None  # pace the CPU's link: bytes per second or a size as "25GB/s"
+    link_latency: str | float = 0.0  # of each copy over a paced link: seconds or a time as "10us"
     max_batch: int = 8  # sequences decoded together
     max_model_len: int | None = None  # longest sequence in tokens; None: what the checkpoint is made for
 
@@ -47,12 +50,22 @@ class EngineConfig:
         """Return the dtype of weights and activations."""
         return model.dtype if self.dtype == "auto" else DTYPES[self.dtype]
 
+    def pace(self) -> Pace | None:
+        """Return how fast the link between host and device is to be, or None for as fast as it is."""
+        latency = parse_time(self.link_latency, "--link-latency")
+        if self.link_bandwidth is None:
+            return None
+        if self.torch_device().type == "cuda":
+            raise InputError("--link-bandwidth paces the CPU's link; with --device cuda leave it out")
+        rate = str(self.link_bandwidth).strip().removesuffix("/s")
+        return Pace(parse_size(rate, "--link-bandwidth", "25GB/s"), latency)
+
     def expert_bytes(self) -> int | None:
         """Return the limit on expert slots in bytes, or None for no limit."""
         return None if self.expert_memory is None else parse_size(self.expert_memory, "--expert-memory")
 
 
-def parse_size(text: str | int, name: str) -> int:
+def parse_size(text: str | int, name: str, example: str = "500MB or 2GiB") -> int:
     """Return a size in bytes: a number, or a number with B, KB, MB, GB (powers of 1000) or KiB, MiB, GiB (of 1024).
 
     Raises:
@@ -60,11 +73,23 @@ def parse_size(text: str | int, name: str) -> int:
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
     if not found or found[2].upper() not in UNITS:
-        raise InputError(f"{name}: {text!r} is not a size; write it as 500MB or 2GiB")
+        raise InputError(f"{name}: {text!r} is not a size; write it as {example}")
     size = int(float(found[1]) * UNITS[found[2].upper()])
     if size < 1:
         raise InputError(f"{name}: must be greater than zero, got {text!r}")
     return size
+
+
+def parse_time(text: str | float, name: str) -> float:
+    """Return a time in seconds: a number, or a number with s, ms or us.
+
+    Raises:
+        InputError: when it is not a time of at least zero; `name` says what was given.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|ms|us)?\s*", str(text))
+    if not found:
+        raise InputError(f"{name}: {text!r} is not a time; write it as 10us or 0.5ms")
+    return float(found[1]) * {"s": 1.0, "ms": 1e-3, "us": 1e-6}[found[2] or "s"]
 
 
 def format_size(size: int) -> str:

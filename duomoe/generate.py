@@ -47,10 +47,12 @@ def parser() -> argparse.ArgumentParser:
     running = p.add_argument_group("running")
     running.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     running.add_argument("--dtype", default="auto", help="auto (default: the checkpoint's), float32, bfloat16, float16")
-    running.add_argument("--policy", default="auto", help="auto (default), resident or on_demand")
+    running.add_argument("--policy", default="auto", help="auto (default), resident, lru or on_demand")
     running.add_argument(
         "--expert-memory", metavar="SIZE", help="device memory for experts, as 2GiB (default: no limit)"
     )
+    running.add_argument("--link-bandwidth", metavar="RATE", help="pace the link of a CPU to this, as 25GB/s")
+    running.add_argument("--link-latency", default="0us", metavar="TIME", help="of a copy over a paced link, as 10us")
     running.add_argument("--compile", default="auto", help="torch.compile: auto (default: on for CUDA), on or off")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of streaming text")
     return p
@@ -87,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             policy=args.policy,
             expert_memory=args.expert_memory,
             compile=args.compile,
+            link_bandwidth=args.link_bandwidth,
+            link_latency=args.link_latency,
         )
         llm = LLM(args.model, config, quiet=not sys.stderr.isatty())
         completion = _generate(llm, prompt, params, args.chat, show=not args.json)

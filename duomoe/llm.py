@@ -17,8 +17,8 @@ from duomoe.engine.engine import Engine
 from duomoe.engine.request import Request
 from duomoe.errors import InputError
 from duomoe.experts.format import ExpertFormat, plain_format
-from duomoe.experts.link import Traffic
-from duomoe.experts.policies import POLICY_NAMES, OnDemand, Policy, Resident
+from duomoe.experts.link import Traffic, open_link
+from duomoe.experts.policies import BOUNDED, Policy, Resident
 from duomoe.experts.store import ExpertStore
 from duomoe.memory.kv_cache import PAGE_SIZE, KVCache, kv_page_bytes, pages_for
 from duomoe.models import Architecture, Model, architecture_of
@@ -118,7 +118,12 @@ class LLM:
         experts = _expert_destinations(architecture, model, store)
         checkpoint.load([*model.destinations(), *experts], ignored=("lm_head.weight",), quiet=quiet)
 
-        self.policy: Policy = Resident(model, store) if resident else OnDemand(model, store, slots)
+        self.policy: Policy
+        if resident:
+            self.policy = Resident(model, store)
+        else:
+            link = open_link(device, self.engine_config.pace())
+            self.policy = BOUNDED[self.policy_name](model, store, slots, link)
         self.max_model_len = min(self.engine_config.max_model_len or self.config.max_position, self.config.max_position)
         num_pages = self._num_pages(device, dtype)
         # Shorter than asked for only where memory does not hold one sequence of that length.
@@ -249,8 +254,8 @@ class LLM:
     def _choose_policy(self, expert_format: ExpertFormat) -> tuple[str, int]:
         """Return the policy's name and its number of slots."""
         asked, limit = self.engine_config.policy, self.engine_config.expert_bytes()
-        if asked not in ("auto", *POLICY_NAMES):
-            raise InputError(f"--policy: {asked!r} is not one of auto, {', '.join(POLICY_NAMES)}")
+        if asked not in ("auto", "resident", *BOUNDED):
+            raise InputError(f"--policy: {asked!r} is not one of auto, resident, {', '.join(BOUNDED)}")
         row = expert_format.row_bytes
         every = len(self.config.moe_layers) * self.config.num_experts
         fitting = every if limit is None else min(limit // row, every)
@@ -259,10 +264,10 @@ class LLM:
         if asked == "resident" and fitting < every:
             raise InputError(
                 f"--policy resident needs --expert-memory {every * row} ({format_size(every * row)}) for all {every} "
-                f"experts; give more or use --policy on_demand"
+                f"experts; give more or use --policy lru"
             )
-        name = asked if asked != "auto" else "resident" if fitting == every else "on_demand"
-        if name == "on_demand" and limit is None:
+        name = asked if asked != "auto" else "resident" if fitting == every else "lru"
+        if name in BOUNDED and limit is None:
             fitting = self.config.num_experts
         return name, fitting
 

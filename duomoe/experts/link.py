@@ -1,7 +1,17 @@
-"""The link between host and device memory, and the count of every byte that crosses it."""
+"""The link between host and device memory: expert rows on their way into slots, and the count of every byte.
 
-from dataclasses import dataclass, fields
+A copy is sent, goes on while other things compute, and is waited for before its slot is read. Copies cross one after
+the other in the order in which they were sent.
+"""
 
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
 from torch import Tensor
 
 
@@ -29,17 +39,183 @@ class Traffic:
         return self.streamed_bytes + self.demand_bytes + self.prefetch_used_bytes + self.prefetch_wasted_bytes
 
 
-class Link:
-    """Copies expert rows into slots.
+class LinkError(RuntimeError):
+    """A copy failed. The slot it was for holds nothing that may be read."""
 
-    Copies are queued on the stream that computes, so a kernel launched after a copy sees it and a copy queued after
-    a kernel waits for it.
+
+@dataclass(eq=False)
+class Copy:
+    """One expert row on its way into a slot."""
+
+    source: Tensor
+    slot: Tensor
+    arrived: threading.Event = field(default_factory=threading.Event)
+    error: BaseException | None = None
+
+
+class Link(ABC):
+    """Copies expert rows into slots. A `Mark` is a point in the course of computation."""
+
+    @abstractmethod
+    def mark(self) -> Any:
+        """Return a mark behind everything that has been computed (or queued for it) so far."""
+
+    @abstractmethod
+    def send(self, source: Tensor, slot: Tensor, after: Any = None) -> Any:
+        """Begin to copy a row, uint8 [row_bytes], into a slot.
+
+        Args:
+            source: the row, in host memory.
+            slot: where to.
+            after: a mark behind the last use of what the slot held; None for one that held nothing.
+
+        Returns:
+            The copy, to be waited for.
+        """
+
+    @abstractmethod
+    def wait(self, copy: Any) -> None:
+        """Let everything that is computed from now on see the copy.
+
+        Raises:
+            LinkError: when it failed.
+        """
+
+    @abstractmethod
+    def has_arrived(self, copy: Any) -> bool:
+        """Return whether waiting for the copy would take no time."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast a link is: a copy of n bytes takes `latency + n / bandwidth` seconds."""
+
+    bandwidth: float  # bytes per second
+    latency: float = 0.0  # seconds
+
+
+class HostLink(Link):
+    """The link where both ends are host memory: a thread copies while the caller computes.
+
+    Computation there is over when the call that asked for it returns, so a mark carries nothing.
+
+    Args:
+        pace: let no copy arrive earlier than it would over a link of that speed; None is as fast as memory.
     """
 
-    def __init__(self, traffic: Traffic) -> None:
-        self.traffic = traffic
+    def __init__(self, pace: Pace | None = None) -> None:
+        self.pace = pace
+        self.busy_s = 0.0  # how long copies were under way
+        self._queue: deque[Copy] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._fault: BaseException | None = None  # of a copy that nobody has waited for
+        self._free_at = 0.0  # when the link, at its pace, is done with all it has been given
+        self._thread = threading.Thread(target=self._run, name="duomoe-link", daemon=True)
+        self._thread.start()
 
-    def demand(self, row: Tensor, slot: Tensor) -> None:
-        """Copy one expert's row, which is needed now, into a slot; both uint8 [row_bytes]."""
-        slot.copy_(row, non_blocking=True)
-        self.traffic.demand_bytes += row.nbytes
+    def mark(self) -> None:
+        """Return nothing: what was computed is done."""
+        return None
+
+    def send(self, source: Tensor, slot: Tensor, after: None = None) -> Copy:
+        """Queue a copy for the thread.
+
+        Raises:
+            LinkError: when an earlier copy failed that nobody has waited for.
+        """
+        copy = Copy(source, slot)
+        with self._changed:
+            if self._closed:
+                raise LinkError("the expert link is closed")
+            if self._fault is not None:
+                raise self._failure(self._fault)
+            self._queue.append(copy)
+            self._changed.notify()
+        return copy
+
+    def wait(self, copy: Copy) -> None:
+        """Block until the copy has arrived."""
+        copy.arrived.wait()
+        if copy.error is not None:
+            raise self._failure(copy.error)
+
+    def _failure(self, error: BaseException) -> LinkError:
+        self._fault = None
+        failure = LinkError(f"an expert could not be copied into its slot: {error}")
+        failure.__cause__ = error
+        return failure
+
+    def has_arrived(self, copy: Copy) -> bool:
+        """Return whether the thread is done with the copy."""
+        return copy.arrived.is_set()
+
+    def close(self) -> None:
+        """Stop the thread; copies that have not begun fail."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (copy := self._next()) is not None:
+            try:
+                self._move(copy)
+            except BaseException as error:  # whatever it is, the one who waits must hear of it
+                copy.error = self._fault = error
+            copy.arrived.set()
+
+    def _next(self) -> Copy | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._queue)
+            if not self._closed:
+                return self._queue.popleft()
+            for copy in self._queue:
+                copy.error = LinkError("the expert link was closed")
+                copy.arrived.set()
+            return None
+
+    def _move(self, copy: Copy) -> None:
+        begin = time.perf_counter()
+        copy.slot.copy_(copy.source)
+        if self.pace:
+            # Counted from when the link became free, not from now: the thread's own delays do not add up.
+            self._free_at = max(self._free_at, begin) + self.pace.latency + copy.source.nbytes / self.pace.bandwidth
+            time.sleep(max(0.0, self._free_at - time.perf_counter()))
+        self.busy_s += time.perf_counter() - begin
+
+
+class CudaLink(Link):
+    """The link to a GPU: a stream of its own for copies from pinned memory; marks and copies are CUDA events."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+
+    def mark(self) -> torch.cuda.Event:
+        """Record an event on the stream that computes."""
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    def send(self, source: Tensor, slot: Tensor, after: torch.cuda.Event | None = None) -> torch.cuda.Event:
+        """Queue a copy on the link's stream, behind `after`; return an event behind the copy."""
+        with torch.cuda.stream(self.stream):
+            if after is not None:
+                self.stream.wait_event(after)
+            slot.copy_(source, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        return arrived
+
+    def wait(self, copy: torch.cuda.Event) -> None:
+        """Let the computing stream wait for the copy; the host goes on."""
+        torch.cuda.current_stream().wait_event(copy)
+
+    def has_arrived(self, copy: torch.cuda.Event) -> bool:
+        """Ask the GPU, without waiting for it."""
+        return copy.query()
+
+
+def open_link(device: torch.device, pace: Pace | None) -> Link:
+    """Return the link to a device; only the CPU's can be paced."""
+    return CudaLink(device) if device.type == "cuda" else HostLink(pace)

@@ -1,7 +1,5 @@
 """Slots on the compute device, and the directory that says which expert is in which."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -27,26 +25,45 @@ class SlotPool:
 class Directory:
     """Which expert is in which slot. A slot has at most one owner, and an expert at most one slot.
 
+    Kept on the host, where the schedules that change it run; kernels get the slots of one wave (`slots`).
+
     Attributes:
-        slot_of: int32 [layers, experts] on the device, -1 where the expert is absent.
-        owner_of: int32 [num_slots] on the device, `layer * experts + expert`, -1 where the slot is empty.
+        slot_of: int32 [layers, experts], -1 where the expert is absent.
+        owner_of: int32 [num_slots], `layer * experts + expert`, -1 where the slot is empty.
+        last_use: int64 [num_slots], larger is later; the slot with the smallest is the first to be given away.
     """
 
-    def __init__(self, num_layers: int, num_experts: int, num_slots: int, device: torch.device) -> None:
-        self.slot_of = torch.full((num_layers, num_experts), -1, dtype=torch.int32, device=device)
-        self.owner_of = torch.full((num_slots,), -1, dtype=torch.int32, device=device)
+    def __init__(self, num_layers: int, num_experts: int, num_slots: int) -> None:
+        self.slot_of = torch.full((num_layers, num_experts), -1, dtype=torch.int32)
+        self.owner_of = torch.full((num_slots,), -1, dtype=torch.int32)
+        self.last_use = torch.zeros(num_slots, dtype=torch.int64)
 
-    def hand_over(self, layer: int, experts: Sequence[int]) -> Tensor:
-        """Empty all slots, then give the first ones to `experts` of `layer`, in order.
+    def find(self, layer: int, expert: int) -> int | None:
+        """Return the expert's slot, or None."""
+        slot = int(self.slot_of[layer, expert])
+        return None if slot < 0 else slot
 
-        Returns:
-            `slot_of[layer]`, what the expert kernels take.
-        """
-        assert len(set(experts)) == len(experts) <= len(self.owner_of)
-        num_experts = self.slot_of.shape[1]
-        owners = torch.tensor(experts, dtype=torch.int64).to(self.slot_of.device, non_blocking=True)
-        self.slot_of.fill_(-1)
-        self.slot_of[layer, owners] = torch.arange(len(experts), dtype=torch.int32, device=self.slot_of.device)
-        self.owner_of.fill_(-1)
-        self.owner_of[: len(experts)] = (layer * num_experts + owners).to(torch.int32)
-        return self.slot_of[layer]
+    def owner(self, slot: int) -> tuple[int, int] | None:
+        """Return the slot's (layer, expert), or None when it is empty."""
+        owner = int(self.owner_of[slot])
+        return None if owner < 0 else divmod(owner, self.slot_of.shape[1])
+
+    def place(self, layer: int, expert: int, slot: int) -> None:
+        """Give a slot to an expert that has none; whoever owned it loses it."""
+        assert self.slot_of[layer, expert] < 0, "an expert has at most one slot"
+        self.vacate(slot)
+        self.slot_of[layer, expert] = slot
+        self.owner_of[slot] = layer * self.slot_of.shape[1] + expert
+
+    def vacate(self, slot: int) -> None:
+        """Empty a slot; it may be empty already."""
+        if (owner := self.owner(slot)) is not None:
+            self.slot_of[owner] = -1
+            self.owner_of[slot] = -1
+
+    def slots(self, layer: int, experts: list[int], device: torch.device) -> Tensor:
+        """Return int32 [experts] on a device: the slots of these experts of a layer, -1 for all others."""
+        found = torch.full_like(self.slot_of[layer], -1)
+        found[experts] = self.slot_of[layer, experts]
+        assert bool((found[experts] >= 0).all()), "an expert of this wave is not resident"
+        return found.to(device, non_blocking=True)

@@ -2,33 +2,24 @@
 
 from torch import Tensor
 
-from duomoe.experts.link import Link
-from duomoe.experts.policies.policy import Policy
-from duomoe.experts.slots import Directory, SlotPool
-from duomoe.experts.store import ExpertStore
-from duomoe.models import Model, Routing
+from duomoe.experts.policies.bounded import BoundedPolicy
+from duomoe.models import Routing
 
 
-class OnDemand(Policy):
+class OnDemand(BoundedPolicy):
     """Runs each layer in waves of as many experts as there are slots."""
 
-    def __init__(self, model: Model, store: ExpertStore, num_slots: int) -> None:
-        super().__init__(model)
-        self.store = store
-        self.pool = SlotPool(store.format, num_slots, model.device)
-        self.directory = Directory(len(store.layers), store.num_experts, num_slots, model.device)
-        self.link = Link(self.traffic)
-
     def experts(self, index: int, h: Tensor, routing: Routing) -> Tensor:
-        """Fetch and compute, wave by wave."""
+        """Fetch a wave, wait for all of it, compute it, and go on to the next."""
         # host-sync ok: fetching on demand means that the host waits for the router; this is what the policy models.
         needed = routing.experts.unique().tolist()
         self.traffic.misses += len(needed)
         total = self.expert_sum(h, routing)
-        for first in range(0, len(needed), len(self.pool)):
-            wave = needed[first : first + len(self.pool)]
-            slots = self.directory.hand_over(index, wave)
-            for slot, expert in enumerate(wave):
-                self.link.demand(self.store.layers[index][expert], self.pool.rows[slot])
-            total.wave(self.pool.views, slots)
+        slots = len(self.residency.pool)
+        for first in range(0, len(needed), slots):
+            wave = needed[first : first + slots]
+            for expert in wave:
+                self.residency.fetch(index, expert, "demand_bytes")
+            self.residency.compute(total, index, wave)
+            self.residency.forget()
         return total.total()

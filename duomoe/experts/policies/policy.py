@@ -38,10 +38,15 @@ class Policy(ABC):
         """
         x = self.model.embed(batch)
         for layer in range(self.model.config.num_layers):
+            if layer in self.moe_index:
+                self.enter(self.moe_index[layer])
             x, h, routing = self.model.before(layer, x, batch, kv[layer])
             y = None if routing is None else self.experts(self.moe_index[layer], h, routing)
             x = self.model.after(layer, x, h, y)
         return x
+
+    def enter(self, index: int) -> None:  # noqa: B027
+        """Called before the block of a MoE layer begins: copies may start under its attention."""
 
     @abstractmethod
     def experts(self, index: int, h: Tensor, routing: Routing) -> Tensor:
