@@ -6,6 +6,7 @@ little-endian uint64 header length, a JSON header and the tensors' bytes (https:
 """
 
 import ctypes
+import hashlib
 import json
 import math
 import os
@@ -116,6 +117,22 @@ class Checkpoint:
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
+
+    def fingerprint(self, names: Iterable[str]) -> str:
+        """Return a hash of some tensors as they are stored.
+
+        Raises:
+            InputError: when they cannot be read.
+        """
+        found = hashlib.sha256()
+        for name in names:
+            stored = self.tensors[name]
+            content = torch.empty(stored.size, dtype=torch.uint8)
+            with stored.path.open("rb", buffering=0) as file:
+                _fill(file.fileno(), content, stored.begin, stored.path)
+            found.update(repr((name, stored.dtype, stored.shape)).encode())
+            found.update(_memory(content))
+        return found.hexdigest()[:32]
 
     def _check(self, wanted: Mapping[str, Tensor]) -> None:
         missing = [name for name in wanted if name not in self.tensors]
@@ -236,8 +253,7 @@ class _Reader:
 
 def _fill(descriptor: int, piece: Tensor, offset: int, path: Path) -> None:
     """Read `piece.nbytes` bytes at `offset` into a contiguous host tensor."""
-    # numpy is not needed at run time, so the tensor's memory is reached through ctypes.
-    view = memoryview((ctypes.c_char * piece.nbytes).from_address(piece.data_ptr())).cast("B")
+    view = _memory(piece)
     done = 0
     while done < len(view):
         try:
@@ -247,6 +263,11 @@ def _fill(descriptor: int, piece: Tensor, offset: int, path: Path) -> None:
         if count == 0:
             raise InputError(f"{path}: truncated while it was read")
         done += count
+
+
+def _memory(tensor: Tensor) -> memoryview:
+    """Return a contiguous host tensor's memory; through ctypes, because numpy is not needed at run time."""
+    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 def _warn(message: str) -> None:

@@ -6,14 +6,13 @@ The text goes to stdout as it is decoded; everything else goes to stderr.
 import argparse
 import io
 import json
-import os
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
+from duomoe.command import Parser, read_text, run_command
 from duomoe.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,16 +20,9 @@ if TYPE_CHECKING:
     from duomoe.sampling import SamplingParams
 
 
-class _Parser(argparse.ArgumentParser):
-    """Complains in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (see --help)")
-
-
 def parser() -> argparse.ArgumentParser:
     """Return the command line's grammar."""
-    p = _Parser(prog="python -m duomoe.generate", description="Continue a prompt with a Mixture-of-Experts model.")
+    p = Parser(prog="python -m duomoe.generate", description="Continue a prompt with a Mixture-of-Experts model.")
     p.add_argument("--model", metavar="DIR", help="a folder in Hugging Face layout (default: the embedded model)")
     source = p.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT", help="the prompt (default: read from standard input)")
@@ -60,53 +52,41 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    warnings.showwarning = lambda message, *_: print(f"duomoe: warning: {message}", file=sys.stderr)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale says: a model's text is Unicode
-    try:
-        args = parser().parse_args(argv)
-        prompt = _read_prompt(args)
-        # Threads that wait should sleep: where the cores are shared, spinning ones make small models many times slower.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        # Torch takes seconds to import: late, so that --help and a mistyped option answer at once, and within reach of
-        # the handlers below.
-        from duomoe.config import EngineConfig
-        from duomoe.llm import LLM
-        from duomoe.sampling import SamplingParams
+    return run_command(lambda: _run(parser().parse_args(argv)))
 
-        params = SamplingParams(
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            seed=args.seed,
-            stop=tuple(args.stop),
-            ignore_eos=args.ignore_eos,
-        )
-        config = EngineConfig(
-            device=args.device,
-            dtype=args.dtype,
-            policy=args.policy,
-            expert_memory=args.expert_memory,
-            compile=args.compile,
-            link_bandwidth=args.link_bandwidth,
-            link_latency=args.link_latency,
-        )
-        llm = LLM(args.model, config, quiet=not sys.stderr.isatty())
-        completion = _generate(llm, prompt, params, args.chat, show=not args.json)
-        if args.json:
-            print(json.dumps(as_json(completion, llm, prompt), ensure_ascii=False), flush=True)
-    except InputError as error:
-        print(f"duomoe: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # Whoever read our output has left. Nothing can be flushed to them any more, so stop Python from trying.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+
+def _run(args: argparse.Namespace) -> None:
+    prompt = _read_prompt(args)
+    # Torch takes seconds to import: late, so that --help and a mistyped option answer at once.
+    from duomoe.config import EngineConfig
+    from duomoe.llm import LLM
+    from duomoe.sampling import SamplingParams
+
+    params = SamplingParams(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        stop=tuple(args.stop),
+        ignore_eos=args.ignore_eos,
+    )
+    config = EngineConfig(
+        device=args.device,
+        dtype=args.dtype,
+        policy=args.policy,
+        expert_memory=args.expert_memory,
+        compile=args.compile,
+        link_bandwidth=args.link_bandwidth,
+        link_latency=args.link_latency,
+    )
+    llm = LLM(args.model, config, quiet=not sys.stderr.isatty())
+    completion = _generate(llm, prompt, params, args.chat, show=not args.json)
+    if args.json:
+        print(json.dumps(as_json(completion, llm, prompt), ensure_ascii=False), flush=True)
     print(_summary(completion, llm), file=sys.stderr)
-    return 0
 
 
 def as_json(completion: "Completion", llm: "LLM", prompt: str) -> dict[str, object]:
@@ -128,19 +108,17 @@ def as_json(completion: "Completion", llm: "LLM", prompt: str) -> dict[str, obje
 
 
 def _read_prompt(args: argparse.Namespace) -> str:
+    if args.prompt_file is not None:
+        return read_text(Path(args.prompt_file))
     try:
         if args.prompt is not None:
             args.prompt.encode("utf-8")  # bytes on the command line that are no UTF-8 arrive as lone surrogates
             return str(args.prompt)
-        if args.prompt_file is not None:
-            return Path(args.prompt_file).read_text("utf-8")
         if sys.stdin is None or sys.stdin.isatty():
             raise InputError("no prompt; give --prompt TEXT, --prompt-file FILE, or text on standard input")
         return sys.stdin.buffer.read().decode("utf-8")
-    except OSError as error:
-        raise InputError(f"{args.prompt_file}: {error.strerror}") from None
     except UnicodeError:
-        raise InputError(f"{args.prompt_file or 'prompt'}: the prompt is not UTF-8 text") from None
+        raise InputError("the prompt is not UTF-8 text") from None
 
 
 def _generate(llm: "LLM", prompt: str, params: "SamplingParams", chat: bool, show: bool) -> "Completion":

@@ -104,6 +104,13 @@ class LLM:
         also = token_ids(generation.get("eos_token_id"), "generation_config.json")
         self.eos_token_ids = frozenset(self.config.eos_token_ids) | frozenset(also)
 
+        self._checkpoint = checkpoint
+        self._routers = [
+            name
+            for layer in self.config.moe_layers
+            for name, _ in architecture.block_sources(self.config, layer)["router"]
+        ]
+
         model = Model(architecture, self.config, device, dtype, compiled)
         expert_format = plain_format(self.config.hidden_size, self.config.moe_intermediate_size, dtype)
         self.policy_name, slots = self._choose_policy(expert_format)
@@ -176,6 +183,10 @@ class LLM:
             InputError: when the prompt is empty or too long, or a token id is not in the vocabulary.
         """
         return self.engine.logits(next(self._numbers), self._tokens(tokens, room=0))
+
+    def fingerprint(self) -> str:
+        """Return what tells this model from any other, a hash of its routers; traces and predictors carry it."""
+        return self._checkpoint.fingerprint(self._routers)
 
     def chat_tokens(self, message: str) -> list[int]:
         """Return the prompt for one user message, by the checkpoint's chat template.

@@ -1,7 +1,7 @@
 """What every policy has in common: it owns the loop over layers and decides when experts' bytes move."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -23,6 +23,8 @@ class Policy(ABC):
     def __init__(self, model: Model) -> None:
         self.model = model
         self.traffic = Traffic()
+        # Sees every router's input [tokens, hidden] and choice, by the MoE layer's number: what traces are made of.
+        self.observer: Callable[[int, Tensor, Routing], None] | None = None
         # Experts are stored for the layers that have any: layer number -> number in the store.
         self.moe_index = {layer: index for index, layer in enumerate(model.config.moe_layers)}
 
@@ -41,6 +43,8 @@ class Policy(ABC):
             if layer in self.moe_index:
                 self.enter(self.moe_index[layer])
             x, h, routing = self.model.before(layer, x, batch, kv[layer])
+            if routing is not None and self.observer is not None:
+                self.observer(self.moe_index[layer], h, routing)
             y = None if routing is None else self.experts(self.moe_index[layer], h, routing)
             x = self.model.after(layer, x, h, y)
         return x
