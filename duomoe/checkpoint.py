@@ -11,7 +11,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +56,7 @@ class Checkpoint:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        if not self.path.is_dir():
+        if not os.path.isdir(self.path):
             raise InputError(f"{self.path}: no such folder; a model is a folder with config.json and safetensors files")
         config = self.read_json("config.json")
         if config is None:
@@ -67,35 +67,35 @@ class Checkpoint:
     def read_json(self, name: str) -> dict[str, Any] | None:
         """Return a JSON object from the folder, or None when there is no such file."""
         file = self.path / name
-        try:
-            content = json.loads(file.read_text("utf-8"))
-        except FileNotFoundError:
+        if not file.exists() and not file.is_symlink():
             return None
-        except (OSError, ValueError) as error:
+        if not file.is_file():
+            raise InputError(f"{file}: not a file")
+        try:
+            content = json.loads(file.read_text("utf-8-sig"))
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{file}: cannot be read as JSON: {error}") from None
         if not isinstance(content, dict):
             raise InputError(f"{file}: expected a JSON object")
         return content
 
-    def load(
-        self, destinations: Iterable[tuple[str, Tensor]], ignored: Iterable[str] = (), quiet: bool = False
-    ) -> None:
+    def load(self, destinations: Iterable[tuple[str, Tensor]], quiet: bool = False) -> None:
         """Fill every destination from the checkpoint tensor of its name, several files and tensors at a time.
 
         Args:
-            destinations: names and contiguous tensors, on any device and of any float type; values are converted.
-            ignored: names that may be in the checkpoint without a destination.
+            destinations: names and contiguous tensors, on any device and of any float type; values are converted. The
+                names and shapes have been through `check`.
             quiet: show no progress bar.
 
         Raises:
-            InputError: when a tensor is missing or has another shape, before anything is read; or when reading fails.
+            InputError: when reading fails.
 
         Warns:
-            RuntimeWarning: for a tensor that holds NaN, and for tensors that the model has no use for.
+            RuntimeWarning: for a tensor with values that are not finite (any more, once converted), and for tensors
+                that the model has no use for.
         """
         wanted = dict(destinations)
-        self._check(wanted)
-        unused = sorted(self.tensors.keys() - wanted.keys() - set(ignored))
+        unused = sorted(self.tensors.keys() - wanted.keys())
         unused = [name for name in unused if not name.endswith("rotary_emb.inv_freq")]
         if unused:
             _warn(f"{self.path}: {len(unused)} tensors are not part of the model and were ignored, first {unused[0]}")
@@ -112,7 +112,7 @@ class Checkpoint:
             try:
                 for name, future in zip(jobs, futures, strict=True):
                     if future.result():
-                        _warn(f"{self.tensors[name].path}: {name} holds NaN; the output will be NaN where it is used")
+                        _warn(f"{self.tensors[name].path}: {name} holds NaN or infinity, and so will the output")
                     bar.update(self.tensors[name].size)
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
@@ -134,29 +134,30 @@ class Checkpoint:
             found.update(_memory(content))
         return found.hexdigest()[:32]
 
-    def _check(self, wanted: Mapping[str, Tensor]) -> None:
-        missing = [name for name in wanted if name not in self.tensors]
-        if missing:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise InputError(f"{self.path}: the checkpoint has no tensor {missing[0]}{more}")
-        for name, tensor in wanted.items():
-            stored = self.tensors[name]
-            if stored.shape != tuple(tensor.shape):
+    def check(self, expected: Iterable[tuple[str, tuple[int, ...]]]) -> None:
+        """Check that the checkpoint has every expected tensor, in the expected shape and a type that can be read.
+
+        Raises:
+            InputError: at the first that it has not; so `expected` may go on for very long.
+        """
+        for name, shape in expected:
+            stored = self.tensors.get(name)
+            if stored is None:
+                raise InputError(f"{self.path}: the checkpoint has no tensor {name}")
+            if stored.shape != shape:
                 raise InputError(
-                    f"{stored.path}: {name} has shape {list(stored.shape)}, "
-                    f"but config.json asks for {list(tensor.shape)}"
+                    f"{stored.path}: {name} has shape {list(stored.shape)}, but config.json asks for {list(shape)}"
                 )
             if stored.dtype not in STORED_DTYPES:
                 raise InputError(
                     f"{stored.path}: {name} is stored as {stored.dtype}; supported: {', '.join(STORED_DTYPES)}"
                 )
-            assert tensor.is_contiguous()
 
     def _find_tensors(self) -> dict[str, StoredTensor]:
         index = self.read_json("model.safetensors.index.json")
         if index is None:
             single = self.path / "model.safetensors"
-            if not single.exists():
+            if not os.path.isfile(single):
                 hint = "; convert its .bin files to safetensors first" if any(self.path.glob("*.bin")) else ""
                 raise InputError(f"{self.path}: neither model.safetensors nor model.safetensors.index.json{hint}")
             return read_header(single)
@@ -166,7 +167,7 @@ class Checkpoint:
         shards: dict[str, dict[str, StoredTensor]] = {}
         for shard in sorted(set(places.values())):
             file = self.path / shard
-            if Path(shard).name != shard or not file.exists():
+            if Path(shard).name != shard or not os.path.isfile(file):
                 raise InputError(f"{self.path}: the index names {shard}, but there is no such file in the folder")
             shards[shard] = read_header(file)
         for name, shard in places.items():
@@ -188,33 +189,34 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                 raise InputError(f"{path}: not a safetensors file, or truncated ({size} bytes)")
             header = json.loads(file.read(length))
+        tensors = {name: _stored(path, 8 + length, entry) for name, entry in header.items() if name != "__metadata__"}
+        end = 8 + length
+        for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.begin, tensor.size)):
+            if tensor.begin != end:
+                raise ValueError(f"a gap or an overlap at byte {end}")
+            end += tensor.size
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: the safetensors header is corrupt: {error}") from None
-    start = 8 + length
-    tensors = {}
-    try:
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            begin, end = entry["data_offsets"]
-            tensor = StoredTensor(path, str(entry["dtype"]), tuple(entry["shape"]), start + begin, end - begin)
-            item = STORED_DTYPES.get(tensor.dtype)
-            if begin < 0 or end < begin or any(dimension < 0 for dimension in tensor.shape):
-                raise ValueError(f"offsets {begin} to {end}")
-            if item is not None and tensor.size != math.prod(tensor.shape) * item.itemsize:
-                raise ValueError(f"{tensor.size} bytes do not hold shape {list(tensor.shape)} of {tensor.dtype}")
-            if start + end > size:
-                raise InputError(f"{path}: truncated: {name} ends at byte {start + end}, the file has {size}")
-            tensors[name] = tensor
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: the safetensors header is corrupt: {error}") from None
+    if end != size:
+        kind = "truncated" if end > size else "damaged"
+        raise InputError(f"{path}: {kind}: its tensors end at byte {end}, the file has {size}")
     return tensors
+
+
+def _stored(path: Path, start: int, entry: dict[str, Any]) -> StoredTensor:
+    """Read one tensor's entry in a header; `start` is where the tensors' bytes begin."""
+    (begin, end), shape = entry["data_offsets"], tuple(entry["shape"])
+    if any(type(number) is not int or number < 0 for number in (begin, end, *shape)) or end < begin:
+        raise ValueError(f"offsets {begin} to {end} of shape {list(shape)}")
+    tensor = StoredTensor(path, str(entry["dtype"]), shape, start + begin, end - begin)
+    item = STORED_DTYPES.get(tensor.dtype)
+    if item is not None and tensor.size != math.prod(shape) * item.itemsize:
+        raise ValueError(f"{tensor.size} bytes do not hold shape {list(shape)} of {tensor.dtype}")
+    return tensor
 
 
 class _Reader:
@@ -224,12 +226,12 @@ class _Reader:
         self._thread = local()
 
     def read(self, stored: StoredTensor, destination: Tensor) -> bool:
-        """Fill `destination` piece by piece; return whether a NaN was seen."""
+        """Fill `destination` piece by piece; return whether it now holds a value that is not finite."""
         dtype = STORED_DTYPES[stored.dtype]
         flat = destination.view(-1)
         direct = destination.dtype == dtype and destination.device.type == "cpu"
         step = PIECE_BYTES // dtype.itemsize
-        nan = False
+        unusual = False
         with stored.path.open("rb", buffering=0) as file:
             for low in range(0, flat.numel(), step):
                 target = flat[low : low + step]
@@ -239,10 +241,11 @@ class _Reader:
                     else self._bounce(destination.device)[: target.numel() * dtype.itemsize].view(dtype)
                 )
                 _fill(file.fileno(), piece, stored.begin + low * dtype.itemsize, stored.path)
-                nan = nan or bool(piece.isnan().any())
+                converted = piece.to(destination.dtype)
+                unusual = unusual or not bool(converted.isfinite().all())
                 if not direct:
-                    target.copy_(piece)
-        return nan
+                    target.copy_(converted)
+        return unusual
 
     def _bounce(self, device: torch.device) -> Tensor:
         if not hasattr(self._thread, "buffer"):

@@ -1,6 +1,7 @@
 """What the command-line tools have in common: errors in one line, exit codes, and how prompts are read."""
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from duomoe.errors import InputError
+
+# More text than any model's context holds; what goes on for longer is not a prompt.
+MAX_TEXT_BYTES = 64 << 20
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,20 +29,55 @@ def run_command(body: Callable[[], None]) -> int:
 
     A reader that leaves (a closed pipe) ends the tool silently.
     """
-    warnings.showwarning = lambda message, *_: print(f"duomoe: warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_: say(f"warning: {message}")
     # Threads that wait should sleep: where the cores are shared, spinning ones make small models many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         body()
     except InputError as error:
-        print(f"duomoe: error: {' '.join(str(error).split())}", file=sys.stderr)
+        say(f"error: {error}")
         return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # Nothing can be flushed to whoever read our output any more, so keep Python from trying.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _abandon_stdout()
     return 0
+
+
+def say(message: str) -> None:
+    """Write one line about the run to stderr; where nobody can read it, it is lost and the run goes on."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(f"duomoe: {message}", file=sys.stderr, flush=True)
+
+
+def write(text: str) -> None:
+    """Write output to stdout at once.
+
+    Raises:
+        InputError: when it cannot be written.
+        BrokenPipeError: when its reader has left.
+    """
+    if sys.stdout is None:
+        raise InputError("standard output is closed; there is nowhere to write to")
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _abandon_stdout()
+        raise InputError(f"standard output: {error.strerror}") from None
+
+
+def progress_is_visible() -> bool:
+    """Return whether a person watches stderr."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+def _abandon_stdout() -> None:
+    """Keep Python from flushing what cannot be written when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def read_text(path: Path) -> str:
@@ -48,7 +87,11 @@ def read_text(path: Path) -> str:
         InputError: when it cannot be read, or is not UTF-8.
     """
     try:
-        return path.read_text("utf-8")
+        with path.open("rb") as file:
+            content = file.read(MAX_TEXT_BYTES + 1)
+        if len(content) > MAX_TEXT_BYTES:
+            raise InputError(f"{path}: more than {MAX_TEXT_BYTES} bytes of text")
+        return content.decode("utf-8")
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     except UnicodeError:

@@ -35,6 +35,10 @@ class EngineConfig:
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise InputError(f"{_flag(name)} must be a whole number of at least 1, got {value!r}")
 
+        self.expert_bytes()
+        if self.pace() is not None and self.torch_device().type == "cuda":
+            raise InputError("--link-bandwidth paces the CPU's link; leave it out, or say --device cpu")
+
     def torch_device(self) -> torch.device:
         """Return the device to compute on.
 
@@ -55,8 +59,6 @@ class EngineConfig:
         latency = parse_time(self.link_latency, "--link-latency")
         if self.link_bandwidth is None:
             return None
-        if self.torch_device().type == "cuda":
-            raise InputError("--link-bandwidth paces the CPU's link; with --device cuda leave it out")
         rate = str(self.link_bandwidth).strip().removesuffix("/s")
         return Pace(parse_size(rate, "--link-bandwidth", "25GB/s"), latency)
 
@@ -74,7 +76,7 @@ def parse_size(text: str | int, name: str, example: str = "500MB or 2GiB") -> in
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
     if not found or found[2].upper() not in UNITS:
         raise InputError(f"{name}: {text!r} is not a size; write it as {example}")
-    size = int(float(found[1]) * UNITS[found[2].upper()])
+    size = int(min(float(found[1]), 1e30) * UNITS[found[2].upper()])
     if size < 1:
         raise InputError(f"{name}: must be greater than zero, got {text!r}")
     return size

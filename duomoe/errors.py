@@ -6,3 +6,6 @@ class InputError(ValueError):
 
     The command-line tools print it and exit with code 2.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))

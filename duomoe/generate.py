@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from duomoe.command import Parser, read_text, run_command
+from duomoe.command import Parser, progress_is_visible, read_text, run_command, say, write
 from duomoe.errors import InputError
 
 if TYPE_CHECKING:
@@ -82,11 +82,11 @@ def _run(args: argparse.Namespace) -> None:
         link_bandwidth=args.link_bandwidth,
         link_latency=args.link_latency,
     )
-    llm = LLM(args.model, config, quiet=not sys.stderr.isatty())
+    llm = LLM(args.model, config, quiet=not progress_is_visible())
     completion = _generate(llm, prompt, params, args.chat, show=not args.json)
     if args.json:
-        print(json.dumps(as_json(completion, llm, prompt), ensure_ascii=False), flush=True)
-    print(_summary(completion, llm), file=sys.stderr)
+        write(json.dumps(as_json(completion, llm, prompt), ensure_ascii=False) + "\n")
+    say(_summary(completion, llm))
 
 
 def as_json(completion: "Completion", llm: "LLM", prompt: str) -> dict[str, object]:
@@ -124,12 +124,8 @@ def _read_prompt(args: argparse.Namespace) -> str:
 def _generate(llm: "LLM", prompt: str, params: "SamplingParams", chat: bool, show: bool) -> "Completion":
     for chunk in llm.stream(llm.chat_tokens(prompt) if chat else prompt, params):
         if show:
-            sys.stdout.write(chunk.text)
-            sys.stdout.flush()
+            write(chunk.text + ("\n" if chunk.completion else ""))
         if chunk.completion:
-            if show:
-                sys.stdout.write("\n")
-                sys.stdout.flush()
             return chunk.completion
     raise AssertionError("a stream ends with its completion")
 
@@ -141,7 +137,7 @@ def _summary(completion: "Completion", llm: "LLM") -> str:
     count = len(completion.token_ids)
     tpot = f"TPOT {metrics.tpot_s * 1e3:.1f} ms, " if metrics.tpot_s is not None else ""
     return (
-        f"duomoe: {metrics.prompt_tokens} + {count} tokens, TTFT {metrics.ttft_s * 1e3:.0f} ms, {tpot}"
+        f"{metrics.prompt_tokens} + {count} tokens, TTFT {metrics.ttft_s * 1e3:.0f} ms, {tpot}"
         f"{count / metrics.e2e_s:.1f} tokens/s, {llm.policy_name}, "
         f"{format_size(metrics.experts.link_bytes)} over the link"
     )

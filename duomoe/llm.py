@@ -3,9 +3,9 @@
 import itertools
 import os
 import secrets
-import time
+import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from duomoe.experts.store import ExpertStore
 from duomoe.memory.kv_cache import PAGE_SIZE, KVCache, kv_page_bytes, pages_for
 from duomoe.models import Architecture, Model, architecture_of
 from duomoe.models.config import token_ids
-from duomoe.models.model import stacked
+from duomoe.models.model import expected_tensors, stacked
 from duomoe.sampling import SamplingParams
 from duomoe.tokenizer import TextStream, Tokenizer
 
@@ -94,11 +94,15 @@ class LLM:
         checkpoint = Checkpoint(EMBEDDED_MODEL if path is None else path)
         architecture = architecture_of(checkpoint.config)
         self.config = architecture.parse(checkpoint.config)
+        if "lm_head.weight" in checkpoint.tensors:
+            # What is stored counts, also where the config says that the head is the embedding.
+            self.config = replace(self.config, tie_word_embeddings=False)
+        checkpoint.check(expected_tensors(architecture, self.config))
         device = self.engine_config.torch_device()
         dtype = self.engine_config.torch_dtype(self.config)
         compiled = {"auto": device.type == "cuda", "on": True, "off": False}[self.engine_config.compile]
 
-        has_tokenizer = (checkpoint.path / "tokenizer.json").is_file()
+        has_tokenizer = (checkpoint.path / "tokenizer.json").exists()
         self.tokenizer = Tokenizer(checkpoint) if has_tokenizer else None
         generation = checkpoint.read_json("generation_config.json") or {}
         also = token_ids(generation.get("eos_token_id"), "generation_config.json")
@@ -123,7 +127,8 @@ class LLM:
             pinned=not resident and device.type == "cuda",
         )
         experts = _expert_destinations(architecture, model, store)
-        checkpoint.load([*model.destinations(), *experts], ignored=("lm_head.weight",), quiet=quiet)
+        checkpoint.load([*model.destinations(), *experts], quiet=quiet)
+        model.share_equal_head()
 
         self.policy: Policy
         if resident:
@@ -144,6 +149,7 @@ class LLM:
             "kv_cache_bytes": cache.num_bytes,
         }
         self._numbers = itertools.count()
+        self._lock = threading.RLock()  # one step at a time; callers in several threads share the batch
 
     def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> list[Completion]:
         """Continue prompts, several at a time.
@@ -158,6 +164,8 @@ class LLM:
         Raises:
             InputError: when a prompt is empty or too long, before anything is generated.
         """
+        if not isinstance(prompts, str | list | tuple):
+            raise InputError(f"prompts are strings or lists of token ids, not {type(prompts).__name__}")
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         each: Sequence[Prompt] = [prompts] if single else prompts  # type: ignore[list-item, assignment]
         requests = [self._request(prompt, params or SamplingParams()) for prompt in each]
@@ -170,6 +178,8 @@ class LLM:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Chunk]:
         """Continue one prompt and yield a chunk for every token; closing the iterator ends the request.
 
+        Requests that are under way advance together, whoever asks: the tokens of a stream that nobody reads wait in it.
+
         Raises:
             InputError: when the prompt is empty or too long.
         """
@@ -181,8 +191,11 @@ class LLM:
 
         Raises:
             InputError: when the prompt is empty or too long, or a token id is not in the vocabulary.
+            RuntimeError: when requests that are under way have taken all pages of the KV cache.
         """
-        return self.engine.logits(next(self._numbers), self._tokens(tokens, room=0))
+        checked = self._tokens(tokens, room=0)
+        with self._lock:
+            return self.engine.logits(next(self._numbers), checked)
 
     def fingerprint(self) -> str:
         """Return what tells this model from any other, a hash of its routers; traces and predictors carry it."""
@@ -198,24 +211,28 @@ class LLM:
 
     def _run(self, requests: list[Request]) -> Iterator[tuple[Request, Chunk]]:
         scheduler = self.engine.scheduler
-        before = self.policy.traffic_so_far()
-        for request in requests:
-            request.submitted = time.perf_counter()
-            scheduler.add(request)
+        with self._lock:
+            before = self.policy.traffic_so_far()
+            for request in requests:
+                scheduler.add(request)
         waiting = list(requests)
         try:
             while waiting:
-                if not any(request.news for request in waiting):
-                    self.engine.step()  # may advance other callers' requests too; each reads its own news
+                with self._lock:
+                    if not any(request.news or request.error for request in waiting):
+                        self.engine.step()  # may advance other callers' requests too; each reads its own news
                 for request in waiting:
                     while request.news:
                         text, token = request.news.popleft()
                         ended = request.finish_reason is not None and not request.news
                         yield request, Chunk(text, token, self._completion(request, before) if ended else None)
+                    if request.error is not None:
+                        raise RuntimeError(f"a step of this request failed: {request.error}") from request.error
                 waiting = [request for request in waiting if request.finish_reason is None or request.news]
         finally:
-            for request in requests:
-                scheduler.remove(request)
+            with self._lock:
+                for request in requests:
+                    scheduler.remove(request)
 
     def _completion(self, request: Request, before: Traffic) -> Completion:
         count = len(request.generated)
@@ -232,17 +249,20 @@ class LLM:
     def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
         if params.stop and self.tokenizer is None:
             raise InputError("--stop needs a tokenizer, and this checkpoint has no tokenizer.json")
+        tokens = self._tokens(prompt)
         return Request(
             number=next(self._numbers),
-            prompt=self._tokens(prompt),
+            prompt=tokens,
             params=params,
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             length_limit=self.max_model_len,
-            stream=TextStream(self.tokenizer, params.stop),
+            stream=TextStream(self.tokenizer, params.stop, tokens),
         )
 
     def _tokens(self, prompt: Prompt, room: int = 1) -> list[int]:
         """Return a prompt's token ids, having checked that they fit, with `room` for as many new ones."""
+        if not isinstance(prompt, str | list | tuple):
+            raise InputError(f"a prompt is a string or a list of token ids, not {type(prompt).__name__}")
         tokens = self._need_tokenizer().encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not tokens:
             raise InputError("the prompt is empty")
@@ -270,7 +290,7 @@ class LLM:
         row = expert_format.row_bytes
         every = len(self.config.moe_layers) * self.config.num_experts
         fitting = every if limit is None else min(limit // row, every)
-        if fitting < 1:
+        if fitting < min(1, every):
             raise InputError(f"--expert-memory: at least {format_size(row)} ({row} bytes) is needed, for one expert")
         if asked == "resident" and fitting < every:
             raise InputError(
@@ -280,6 +300,8 @@ class LLM:
         name = asked if asked != "auto" else "resident" if fitting == every else "lru"
         if name in BOUNDED and limit is None:
             fitting = self.config.num_experts
+        if name == "on_demand":  # keeps nothing past a layer
+            fitting = min(fitting, self.config.num_experts)
         return name, fitting
 
     def _num_pages(self, device: torch.device, dtype: torch.dtype) -> int:

@@ -30,20 +30,19 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
+        if not isinstance(self.stop, str | list | tuple) or not all(isinstance(s, str) and s for s in self.stop):
+            raise InputError("--stop must be text that is not empty, or a list of such texts")
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         if not _is_int(self.max_new_tokens) or self.max_new_tokens < 1:
             raise InputError(f"--max-new-tokens must be a whole number of at least 1, got {self.max_new_tokens!r}")
-        if not _is_number(self.temperature) or not 0 <= self.temperature < float("inf"):
-            raise InputError(f"--temperature must be a number of at least 0, got {self.temperature!r}")
-        if not _is_int(self.top_k) or self.top_k < 0:
-            raise InputError(f"--top-k must be a whole number, 0 for no limit, got {self.top_k!r}")
+        if not _is_number(self.temperature) or not 0 <= self.temperature <= 1e6:
+            raise InputError(f"--temperature must be a number from 0 to a million, got {self.temperature!r}")
+        if not _is_int(self.top_k) or not 0 <= self.top_k < 2**31:
+            raise InputError(f"--top-k must be a whole number from 0, for no limit, to 2**31 - 1, got {self.top_k!r}")
         if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
             raise InputError(f"--top-p must be a number above 0 and at most 1, got {self.top_p!r}")
         if self.seed is not None and (not _is_int(self.seed) or not 0 <= self.seed < 2**63):
             raise InputError(f"--seed must be a whole number from 0 to 2**63 - 1, got {self.seed!r}")
-        if not all(isinstance(text, str) and text for text in self.stop):
-            raise InputError("--stop must be text that is not empty")
 
 
 def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, position: Tensor) -> Tensor:
@@ -68,7 +67,7 @@ def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, se
     before = probabilities.cumsum(-1) - probabilities
     limit = torch.where(top_k > 0, top_k, vocab)
     kept = (rank < limit[:, None]) & ((before < top_p[:, None]) | (rank == 0))
-    noisy = ordered.masked_fill(~kept, float("-inf")) + _gumbel(seed, position, tokens)
+    noisy = (ordered + _gumbel(seed, position, tokens)).masked_fill(~kept, float("-inf"))
     drawn = tokens.gather(1, noisy.argmax(-1, keepdim=True)).squeeze(1)
     return torch.where(temperature > 0, drawn, logits.argmax(-1))
 
@@ -76,8 +75,8 @@ def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, se
 def _gumbel(seed: Tensor, position: Tensor, tokens: Tensor) -> Tensor:
     """Return Gumbel noise [rows, vocab], a pure function of (seed, position, token)."""
     state = _mix(_mix(_mix(seed) ^ position)[:, None] ^ tokens)
-    # 24 random bits make a uniform float in (0, 1), never an end of the interval.
-    uniform = ((state >> 40) & 0xFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-24)
+    # 23 random bits and a half are exact in float32: a uniform number in (0, 1), never an end of the interval.
+    uniform = ((state >> 41) & 0x7FFFFF).to(torch.float32).add_(0.5).mul_(2.0**-23)
     return -(-uniform.log()).log()
 
 

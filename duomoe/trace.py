@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from duomoe.command import Parser, read_prompts, run_command
+from duomoe.command import Parser, progress_is_visible, read_prompts, run_command, say
 from duomoe.errors import InputError
 
 
@@ -46,7 +46,7 @@ def _trace(args: argparse.Namespace) -> None:
 
     params = SamplingParams(max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed)
     config = EngineConfig(args.device, args.dtype, args.policy, args.expert_memory, compile="off", max_batch=1)
-    quiet = not sys.stderr.isatty()
+    quiet = not progress_is_visible()
     llm = LLM(args.model, config, quiet=quiet)
     recorder = Recorder(len(llm.config.moe_layers), args.hidden)
     llm.policy.observer = recorder.observe
@@ -55,7 +55,7 @@ def _trace(args: argparse.Namespace) -> None:
         llm.generate(prompt, params)
     trace = recorder.trace(llm.fingerprint(), llm.config.num_experts)
     trace.save(out)
-    print(f"duomoe: {len(prompts)} prompts, {len(trace.experts)} tokens, {out}", file=sys.stderr)
+    say(f"{len(prompts)} prompts, {len(trace.experts)} tokens, {out}")
 
 
 if __name__ == "__main__":

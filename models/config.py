@@ -10,6 +10,8 @@ from duomoe.errors import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+MAX_LAYERS = 10_000
+
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
 
 
@@ -90,15 +92,15 @@ class ConfigReader:
     def count(self, *keys: str, default: int | None = None, low: int = 1) -> int:
         """Return the first of `keys` that is set, as an integer of at least `low`."""
         value = self._first(keys, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise InputError(f"config.json: {keys[0]} must be a whole number of at least {low}, found {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**31:
+            raise InputError(f"config.json: {keys[0]} must be a whole number of at least {low}, found {_short(value)}")
         return value
 
     def number(self, *keys: str, default: float | None = None) -> float:
         """Return the first of `keys` that is set, as a positive number."""
         value = self._first(keys, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            raise InputError(f"config.json: {keys[0]} must be a positive number, found {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
+            raise InputError(f"config.json: {keys[0]} must be a positive number, found {_short(value)}")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
@@ -125,6 +127,7 @@ def parse_config(
     shared_intermediate_size: int = 0,
     norm_topk_prob: bool,
     default_theta: float,
+    default_eps: float,
     qkv_bias: bool = False,
     o_bias: bool = False,
     windows: tuple[int, ...],
@@ -136,7 +139,7 @@ def parse_config(
         InputError: when a value is missing, malformed, or not supported.
     """
     read = ConfigReader(raw)
-    if raw.get("quantization_config"):
+    if raw.get("quantization_config") is not None:
         quantization = raw["quantization_config"]
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
         raise InputError(
@@ -173,7 +176,7 @@ def parse_config(
         num_experts=experts,
         top_k=top_k,
         norm_topk_prob=norm_topk_prob,
-        rms_norm_eps=read.number("rms_norm_eps", default=1e-6),
+        rms_norm_eps=read.number("rms_norm_eps", default=default_eps),
         tie_word_embeddings=read.flag("tie_word_embeddings", default=False),
         qkv_bias=qkv_bias,
         o_bias=o_bias,
@@ -186,9 +189,17 @@ def parse_config(
     )
 
 
-def uniform_window(raw: Mapping[str, Any], layers: int) -> tuple[int, ...]:
+def count_layers(raw: Mapping[str, Any]) -> int:
+    """Return the number of layers, having checked that it is one that can be enumerated."""
+    layers = ConfigReader(raw).count("num_hidden_layers")
+    if layers > MAX_LAYERS:
+        raise InputError(f"config.json: num_hidden_layers is {layers}; at most {MAX_LAYERS} make sense")
+    return layers
+
+
+def uniform_window(raw: Mapping[str, Any], layers: int, default: int = 0) -> tuple[int, ...]:
     """Return the sliding window that every layer of `layers` has, 0 where the config has none."""
-    window = raw.get("sliding_window") or 0
+    window = raw.get("sliding_window", default) or 0
     return (ConfigReader({"sliding_window": window}).count("sliding_window", low=0),) * layers
 
 
@@ -196,7 +207,7 @@ def sparse_layers(raw: Mapping[str, Any], layers: int) -> tuple[bool, ...]:
     """Return which layers have experts: every `decoder_sparse_step`-th that is not in `mlp_only_layers` (Qwen)."""
     step = ConfigReader(raw).count("decoder_sparse_step", default=1)
     dense = raw.get("mlp_only_layers") or []
-    if not isinstance(dense, list):
+    if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
         raise InputError(f"config.json: mlp_only_layers must be a list of layer numbers, found {dense!r}")
     return tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(layers))
 
@@ -210,22 +221,23 @@ def token_ids(value: Any, source: str) -> tuple[int, ...]:
 
 
 def _parse_dtype(raw: Mapping[str, Any]) -> torch.dtype:
-    name = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
+    found = next((raw[key] for key in ("dtype", "torch_dtype") if raw.get(key) is not None), "float32")
+    name = found.removeprefix("torch.") if isinstance(found, str) else None
     if name not in DTYPES:
-        raise InputError(f"config.json: dtype {name!r} is not supported; supported: {', '.join(DTYPES)}")
+        raise InputError(f"config.json: dtype {_short(found)} is not supported; supported: {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
 def _parse_rope(raw: Mapping[str, Any], head_dim: int, default_theta: float) -> RopeConfig:
     """Read `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before)."""
-    found = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    if not isinstance(found, Mapping):
-        raise InputError(f"config.json: rope_parameters must be an object, found {found!r}")
+    found = next((raw[key] for key in ("rope_scaling", "rope_parameters") if raw.get(key) is not None), {})
+    if not isinstance(found, Mapping) or any(isinstance(value, Mapping) for value in found.values()):
+        raise InputError(f"config.json: rope_parameters must be one flat object, found {_short(found)}")
     inherited = {"rope_theta": raw.get("rope_theta", default_theta)}
     read = ConfigReader({**inherited, **{key: value for key, value in found.items() if value is not None}})
     kind = read.raw.get("rope_type", read.raw.get("type", "default"))
-    if kind not in ROPE_KINDS:
-        raise InputError(f"config.json: RoPE type {kind!r} is not supported; supported: {', '.join(ROPE_KINDS)}")
+    if not isinstance(kind, str) or kind not in ROPE_KINDS:
+        raise InputError(f"config.json: RoPE type {_short(kind)} is not supported; supported: {', '.join(ROPE_KINDS)}")
     if read.number("partial_rotary_factor", default=raw.get("partial_rotary_factor") or 1.0) != 1.0:
         raise InputError("config.json: a partial_rotary_factor other than 1 is not supported")
     max_position = ConfigReader(raw).count("max_position_embeddings")
@@ -237,9 +249,15 @@ def _parse_rope(raw: Mapping[str, Any], head_dim: int, default_theta: float) -> 
         factor = read.number("factor", default=max_position / original)
     else:
         factor = 1.0 if kind == "default" else read.number("factor")
+    theta = read.number("rope_theta")
+    low, high = read.number("low_freq_factor", default=1.0), read.number("high_freq_factor", default=4.0)
+    if theta <= 1:
+        raise InputError(f"config.json: rope_theta must be greater than 1, found {theta}")
+    if low >= high:
+        raise InputError(f"config.json: low_freq_factor {low} must be less than high_freq_factor {high}")
     return RopeConfig(
         kind=kind,
-        theta=read.number("rope_theta"),
+        theta=theta,
         head_dim=head_dim,
         max_position=max_position,
         factor=factor,
@@ -247,9 +265,15 @@ def _parse_rope(raw: Mapping[str, Any], head_dim: int, default_theta: float) -> 
         attention_factor=read.number("attention_factor") if "attention_factor" in read.raw else None,
         beta_fast=read.number("beta_fast", default=32.0),
         beta_slow=read.number("beta_slow", default=1.0),
-        mscale=float(read.raw.get("mscale", 0.0)),
-        mscale_all_dim=float(read.raw.get("mscale_all_dim", 0.0)),
-        truncate=bool(read.raw.get("truncate", True)),
-        low_freq_factor=read.number("low_freq_factor", default=1.0),
-        high_freq_factor=read.number("high_freq_factor", default=4.0),
+        mscale=read.number("mscale") if read.raw.get("mscale") else 0.0,
+        mscale_all_dim=read.number("mscale_all_dim") if read.raw.get("mscale_all_dim") else 0.0,
+        truncate=read.flag("truncate", default=True),
+        low_freq_factor=low,
+        high_freq_factor=high,
     )
+
+
+def _short(value: object) -> str:
+    """Return a value for a message of one line."""
+    text = repr(value) if not isinstance(value, int) or abs(value) < 10**20 else "an absurdly large one"
+    return text if len(text) <= 60 else text[:57] + "..."

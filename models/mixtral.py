@@ -4,20 +4,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from duomoe.models.architecture import Architecture
-from duomoe.models.config import ConfigReader, ModelConfig, parse_config, uniform_window
+from duomoe.models.config import ConfigReader, ModelConfig, count_layers, parse_config, uniform_window
 from duomoe.models.weights import Sources, attention_sources, swiglu_sources
 
 
 def parse(raw: Mapping[str, Any]) -> ModelConfig:
     """Read a Mixtral config.json."""
     read = ConfigReader(raw)
-    layers = read.count("num_hidden_layers")
+    layers = count_layers(raw)
     return parse_config(
         raw,
         "mixtral",
         moe_intermediate_size=read.count("intermediate_size"),
         norm_topk_prob=True,
         default_theta=1e6,
+        default_eps=1e-5,
         windows=uniform_window(raw, layers),
         is_moe=(True,) * layers,
     )

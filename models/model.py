@@ -61,6 +61,12 @@ class Model:
         self._filled.append((sources, tensor))
         return tensor
 
+    def share_equal_head(self) -> None:
+        """Let the embedding serve as the head where their loaded weights are the same."""
+        if self.head is not self.embedding and torch.equal(self.head, self.embedding):
+            self._filled = [(sources, tensor) for sources, tensor in self._filled if tensor is not self.head]
+            self.head = self.embedding
+
     @property
     def num_bytes(self) -> int:
         """Bytes of all weights held here."""
@@ -101,6 +107,21 @@ def _compiled(function: Callable[P, R]) -> Callable[P, R]:
     copy = FunctionType(function.__code__.replace(co_name=name), function.__globals__, name, function.__defaults__)
     compiled: Callable[P, R] = torch.compile(copy, fullgraph=True, dynamic=True)
     return compiled
+
+
+def expected_tensors(architecture: Architecture, config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the name and shape of every checkpoint tensor of a model, experts included."""
+    vocab_by_hidden = (config.vocab_size, config.hidden_size)
+    yield "model.embed_tokens.weight", vocab_by_hidden
+    yield "model.norm.weight", (config.hidden_size,)
+    if not config.tie_word_embeddings:
+        yield "lm_head.weight", vocab_by_hidden
+    for layer in range(config.num_layers):
+        for sources in architecture.block_sources(config, layer).values():
+            yield from sources
+        for expert in range(config.num_experts if config.is_moe[layer] else 0):
+            for sources in architecture.expert_sources(config, layer, expert).values():
+                yield from sources
 
 
 def stacked(sources: Sources, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

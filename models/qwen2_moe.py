@@ -9,14 +9,14 @@ from typing import Any
 
 from duomoe.errors import InputError
 from duomoe.models.architecture import Architecture
-from duomoe.models.config import ConfigReader, ModelConfig, parse_config, sparse_layers, uniform_window
+from duomoe.models.config import ConfigReader, ModelConfig, count_layers, parse_config, sparse_layers, uniform_window
 from duomoe.models.weights import QWEN_MLP, Sources, attention_sources, prefixed, qwen_mlp_sources, swiglu_sources
 
 
 def parse(raw: Mapping[str, Any]) -> ModelConfig:
     """Read a Qwen2-MoE config.json."""
     read = ConfigReader(raw)
-    layers = read.count("num_hidden_layers")
+    layers = count_layers(raw)
     return parse_config(
         raw,
         "qwen2_moe",
@@ -24,6 +24,7 @@ def parse(raw: Mapping[str, Any]) -> ModelConfig:
         shared_intermediate_size=read.count("shared_expert_intermediate_size"),
         norm_topk_prob=read.flag("norm_topk_prob", default=False),
         default_theta=1e4,
+        default_eps=1e-6,
         qkv_bias=read.flag("qkv_bias", default=True),
         windows=_windows(raw, layers),
         is_moe=sparse_layers(raw, layers),
@@ -37,9 +38,10 @@ def _windows(raw: Mapping[str, Any], layers: int) -> tuple[int, ...]:
     limit = ConfigReader(raw).count("max_window_layers", default=28, low=0)
     derived = ["sliding_attention" if layer % 2 == 0 and layer < limit else "full_attention" for layer in range(layers)]
     kinds = raw.get("layer_types") or derived
-    if not isinstance(kinds, list) or len(kinds) != layers:
-        raise InputError(f"config.json: layer_types must be a list with one entry for each of the {layers} layers")
-    window = uniform_window({"sliding_window": raw.get("sliding_window", 4096)}, 1)[0]
+    known = ("sliding_attention", "full_attention")
+    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in known for kind in kinds):
+        raise InputError(f"config.json: layer_types must be a list of {layers} entries, each one of {', '.join(known)}")
+    window = uniform_window(raw, 1, default=4096)[0]
     return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
 
 

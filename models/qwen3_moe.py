@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from duomoe.models.architecture import Architecture
-from duomoe.models.config import ConfigReader, ModelConfig, parse_config, sparse_layers, uniform_window
+from duomoe.models.config import ConfigReader, ModelConfig, count_layers, parse_config, sparse_layers, uniform_window
 from duomoe.models.weights import QWEN_MLP, Sources, attention_sources, qwen_mlp_sources, swiglu_sources
 
 
 def parse(raw: Mapping[str, Any]) -> ModelConfig:
     """Read a Qwen3-MoE config.json."""
     read = ConfigReader(raw)
-    layers = read.count("num_hidden_layers")
+    layers = count_layers(raw)
     sliding = read.flag("use_sliding_window", default=False)
     bias = read.flag("attention_bias", default=False)
     return parse_config(
@@ -20,9 +20,10 @@ def parse(raw: Mapping[str, Any]) -> ModelConfig:
         moe_intermediate_size=read.count("moe_intermediate_size"),
         norm_topk_prob=read.flag("norm_topk_prob", default=False),
         default_theta=1e4,
+        default_eps=1e-6,
         qkv_bias=bias,
         o_bias=bias,
-        windows=uniform_window(raw if sliding else {}, layers),
+        windows=uniform_window(raw, layers, default=4096) if sliding else (0,) * layers,
         is_moe=sparse_layers(raw, layers),
     )
 

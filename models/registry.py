@@ -19,7 +19,7 @@ def architecture_of(raw: Mapping[str, Any]) -> Architecture:
         InputError: when it is none of `ARCHITECTURES`.
     """
     family = raw.get("model_type")
-    if family not in ARCHITECTURES:
+    if not isinstance(family, str) or family not in ARCHITECTURES:
         supported = ", ".join(ARCHITECTURES)
         raise InputError(f"config.json: model_type {family!r} is not supported; supported: {supported}")
-    return ARCHITECTURES[str(family)]
+    return ARCHITECTURES[family]

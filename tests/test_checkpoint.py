@@ -76,8 +76,15 @@ def test_values_are_converted_piece_by_piece(tmp_path: Path, stored: torch.dtype
 
 def test_nan_weights_are_warned_about_by_name(folder: Path) -> None:
     rewrite(folder, lambda tensors: tensors["model.norm.weight"][3].fill_(float("nan")))
-    with pytest.warns(RuntimeWarning, match=r"model\.norm\.weight holds NaN"):
+    with pytest.warns(RuntimeWarning, match=r"model\.norm\.weight holds NaN or infinity"):
         LLM(folder, device="cpu").generate([1, 2, 3])  # and still it ends
+
+
+def test_values_that_overflow_the_compute_dtype_are_warned_about(folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors["model.norm.weight"][3].fill_(1e6))
+    LLM(folder, device="cpu")
+    with pytest.warns(RuntimeWarning, match=r"model\.norm\.weight holds NaN or infinity"):
+        LLM(folder, device="cpu", dtype="float16")
 
 
 def test_superfluous_tensors_are_warned_about(folder: Path) -> None:
@@ -118,6 +125,19 @@ def test_config_that_is_no_json(folder: Path) -> None:
         (dict(num_hidden_layers=5), ["no tensor", "model.layers.3"]),
         (dict(intermediate_size=57), ["experts.0.w1.weight", "[56, 48]", "[57, 48]"]),
         (dict(vocab_size=0), ["vocab_size"]),
+        (dict(vocab_size=10**30), ["vocab_size", "absurdly"]),
+        (dict(hidden_size=10**9), ["shape", "1000000000"]),
+        (dict(num_hidden_layers=10**6), ["num_hidden_layers"]),
+        (dict(num_local_experts=10**6), ["gate.weight", "[1000000, 48]"]),
+        (dict(model_type=["mixtral"]), ["model_type"]),
+        (dict(model_type={}), ["model_type"]),
+        (dict(rms_norm_eps=10**400), ["rms_norm_eps"]),
+        (dict(dtype=[]), ["dtype"]),
+        (dict(rope_parameters=dict(rope_type="default", rope_theta=1.0)), ["rope_theta"]),
+        (dict(rope_parameters=dict(rope_type="yarn", factor=2.0, mscale="x")), ["mscale"]),
+        (dict(rope_parameters=dict(rope_type="yarn", factor=2.0, truncate="no")), ["truncate"]),
+        (dict(rope_parameters=dict(rope_type="llama3", factor=2.0, low_freq_factor=4.0)), ["low_freq_factor"]),
+        (dict(rope_parameters=dict(full_attention=dict(rope_type="default"))), ["rope_parameters"]),
     ],
 )
 def test_a_config_that_cannot_be_met(folder: Path, change: dict[str, Any], words: list[str]) -> None:
@@ -150,11 +170,35 @@ def test_truncated_weights(folder: Path, keep: int) -> None:
         b'{"x": {"dtype": "F32", "shape": "a", "data_offsets": [0, 0]}}',
         b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}',
         b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [0.0, 4.0]}}',
+        b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [8, 12]}}',
+        b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},'
+        b' "y": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
     ],
 )
 def test_corrupt_headers(folder: Path, header: bytes) -> None:
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(64))
     fails(folder, "model.safetensors", "corrupt")
+
+
+def test_bytes_behind_the_last_tensor(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes() + b"more")
+    fails(folder, "damaged")
+
+
+def test_a_stored_head_is_used_though_the_config_ties_it(
+    tiny: Callable[..., Any], tmp_path: Path, prompt_of: Callable[..., list[int]]
+) -> None:
+    tied = tiny("qwen3_moe", tie_word_embeddings=True)
+    folder = Path(shutil.copytree(tied.path, tmp_path / "model"))
+    rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+    same = LLM(folder, device="cpu")
+    assert torch.equal(same.logits(prompt_of(5)), LLM(tied.path, device="cpu").logits(prompt_of(5)))
+    assert same.memory == LLM(tied.path, device="cpu").memory  # and is held once
+    rewrite(folder, lambda tensors: tensors["lm_head.weight"].mul_(2))
+    assert torch.equal(LLM(folder, device="cpu").logits(prompt_of(5)), 2 * same.logits(prompt_of(5)))
 
 
 def test_integer_weights(folder: Path) -> None:

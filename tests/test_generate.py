@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from duomoe.checkpoint import Checkpoint
 from duomoe.generate import main
+from duomoe.tokenizer import Tokenizer as ChatTokenizer
 
 
 def write_tokenizer(folder: Path, **config: Any) -> None:
@@ -136,6 +138,16 @@ def test_chat_applies_the_template(folder: Path, capsys: pytest.CaptureFixture[s
     assert json.loads(run(capsys, *args, "--prompt", "hello", "--chat")[1])["token_ids"] == plain
 
 
+def test_chat_templates_see_what_transformers_gives_them(folder: Path) -> None:
+    template = (
+        "{{ messages | tojson }}{% if tools is not none %}tools{% endif %}{{ strftime_now('%Y') | length }}"
+        "{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}"
+    )
+    write_tokenizer(folder, chat_template=template)
+    tokenizer = ChatTokenizer(Checkpoint(folder))
+    assert tokenizer._render([{"role": "user", "content": "<b>é'"}]) == '[{"role": "user", "content": "<b>é\'"}]401'
+
+
 @pytest.mark.parametrize(
     "template",
     ["{{ raise_exception('no') }}", "{% if", "{{ messages.__class__.__mro__ }}", "{{ ''.join(1) }}"],
@@ -158,6 +170,11 @@ def test_a_bad_chat_template(folder: Path, capsys: pytest.CaptureFixture[str], t
         (["--prompt", "a", "--temperature", "-1"], "--temperature"),
         (["--prompt", "a", "--temperature", "nan"], "--temperature"),
         (["--prompt", "a", "--top-k", "-1"], "--top-k"),
+        (["--prompt", "a", "--top-k", "9223372036854775808"], "--top-k"),
+        (["--prompt", "a", "--link-bandwidth", "0"], "--link-bandwidth"),
+        (["--prompt", "a", "--link-bandwidth", "fast"], "25GB/s"),
+        (["--prompt", "a", "--link-latency=-1us"], "--link-latency"),
+        (["--prompt-file", "/dev/zero"], "bytes of text"),
         (["--prompt", "a", "--top-p", "0"], "--top-p"),
         (["--prompt", "a", "--top-p", "1.5"], "--top-p"),
         (["--prompt", "a", "--seed", "-3"], "--seed"),
@@ -228,6 +245,22 @@ def test_a_closed_pipe_ends_silently(folder: Path) -> None:
     process.stdout.close()
     assert process.wait(60) == 0
     assert process.stderr.read() == b""
+
+
+@pytest.mark.parametrize("args", [[], ["--json"]])
+def test_a_full_disk_is_an_error(folder: Path, args: list[str]) -> None:
+    command = [sys.executable, "-m", "duomoe.generate", "--model", str(folder), "--prompt", "hello", "--device", "cpu"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([*command, *args], stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and b"No space left" in done.stderr
+
+
+def test_closed_standard_streams(folder: Path) -> None:
+    command = f"{sys.executable} -m duomoe.generate --model {folder} --prompt hello --device cpu --max-new-tokens 3"
+    done = subprocess.run(["bash", "-c", f"{command} >&-"], capture_output=True)
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1
+    done = subprocess.run(["bash", "-c", f"{command} 2>&-"], capture_output=True)
+    assert done.returncode == 0 and done.stdout.endswith(b"\n")
 
 
 @pytest.mark.parametrize("wait", ["at once", "while generating"])

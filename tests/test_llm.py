@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -37,6 +38,31 @@ def test_interleaved_streams_do_not_disturb_each_other(llm: LLM, prompt_of: Call
     assert found == alone
 
 
+def test_threads_share_the_batch(llm: LLM, prompt_of: Callable[..., list[int]]) -> None:
+    params = SamplingParams(max_new_tokens=25)
+    prompts = [prompt_of(length, seed=length) for length in (4, 20, 9, 31)]
+    alone = [llm.generate(prompt, params)[0].token_ids for prompt in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda prompt: llm.generate(prompt, params)[0].token_ids, prompts))
+    assert found == alone
+
+
+def test_a_failed_step_ends_its_requests_and_no_others(
+    llm: LLM, prompt_of: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = SamplingParams(max_new_tokens=6)
+    alone = [llm.generate(prompt_of(n), params)[0].token_ids for n in (5, 9)]
+    first, second = llm.stream(prompt_of(5), params), llm.stream(prompt_of(9), params)
+    tokens = [next(first).token_id]
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.policy, "forward", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            next(second)  # was admitted by the step that failed; the first was not part of it
+    assert tokens + [chunk.token_id for chunk in first] == alone[0]
+    assert llm.generate(prompt_of(9), params)[0].token_ids == alone[1]
+    assert llm.engine.cache.allocator.used == 0
+
+
 def test_an_abandoned_stream_gives_its_pages_back(llm: LLM, prompt_of: Callable[..., list[int]]) -> None:
     stream = llm.stream(prompt_of(30), SamplingParams(max_new_tokens=50))
     next(stream)
@@ -53,10 +79,13 @@ def test_a_sequence_ends_at_the_context(llm: LLM, prompt_of: Callable[..., list[
 
 
 def test_prompts_are_checked_before_anything_runs(llm: LLM, prompt_of: Callable[..., list[int]]) -> None:
-    for prompt in ([], [211], [-1], [True], [0.5], prompt_of(256), "text"):
+    for prompt in ([], [211], [-1], [True], [0.5], [None], prompt_of(256), "text", None, 5, b"abc", {"a": 1}):
         with pytest.raises(InputError):
             llm.generate([prompt_of(3), prompt])  # type: ignore[list-item]
     assert llm.engine.cache.allocator.used == 0 and not llm.engine.scheduler.waiting
+    for prompts in (None, 5, b"abc", {"a": 1}):
+        with pytest.raises(InputError):
+            llm.generate(prompts)  # type: ignore[arg-type]
     assert llm.generate([]) == []
 
 

@@ -48,6 +48,16 @@ def test_top_k_and_top_p_keep_the_likeliest() -> None:
     assert (draw(LOGITS.expand(100, -1), top_k=1, temperature=50.0) == 0).all()
 
 
+def test_noise_never_revives_a_token_that_was_left_out() -> None:
+    """With a large vocabulary some token's noise is the largest there is, at every few steps."""
+    logits = torch.zeros(50, 150_000)
+    logits[:, 5] = 100.0
+    zeros = torch.zeros(50, dtype=torch.int64)
+    for first in range(0, 400, 50):
+        tokens = sample(logits, torch.ones(50), zeros + 1, torch.full((50,), 0.5), zeros + 7, first + torch.arange(50))
+        assert (tokens == 5).all()
+
+
 def test_zero_temperature_is_greedy_in_a_mixed_batch() -> None:
     logits = torch.randn(64, 30)
     temperature = torch.arange(64).remainder(2).float()

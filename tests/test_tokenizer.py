@@ -61,11 +61,26 @@ def test_text_ends_before_the_first_stop_string(tokenizer: Tokenizer, text: str,
     assert "".join(pieces(tokenizer, text, stop)) == seen[:expected]
 
 
-def test_half_a_character_at_the_end_is_left_out(tokenizer: Tokenizer) -> None:
+def test_half_a_character_is_held_back_until_the_end(tokenizer: Tokenizer) -> None:
     stream = TextStream(tokenizer, [])
-    for token in tokenizer.encode("a€")[:-1]:
-        stream.push(token)
-    assert stream.finish() == "" and stream.text == "a"
+    pushed = [stream.push(token) for token in tokenizer.encode("a€")[:-1]]
+    assert pushed == ["a", "", ""]
+    assert stream.finish() == "\ufffd" and stream.text == "a\ufffd"
+
+
+def test_broken_bytes_after_text_that_was_given_out() -> None:
+    """A decoder with byte fallback reads a run of bytes anew when it turns out not to be UTF-8."""
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"▁world": 256, "▁a": 257}
+    encoder = Encoder(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    fallback = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    encoder.decoder = decoders.Sequence(fallback)
+    tokenizer = Tokenizer.__new__(Tokenizer)
+    tokenizer.encoder = encoder
+    stream = TextStream(tokenizer, [])
+    assert [stream.push(token) for token in (10, 0xF0, 256)] == ["\n", "", "\ufffd world"]
+    # As the continuation of a prompt, a word keeps its leading space.
+    assert TextStream(tokenizer, [], prompt=[257]).push(256) == " world"
+    assert TextStream(tokenizer, []).push(256) == "world"
 
 
 def test_without_a_tokenizer_the_text_is_empty() -> None:

@@ -32,10 +32,21 @@ class Engine:
     def step(self) -> list[Request]:
         """Advance some requests by one token each and return them: all newly admitted ones, else all running ones.
 
-        Requests that finished with this token have their `finish_reason` set and hold no pages any more.
+        Requests that finished with this token have their `finish_reason` set and hold no pages any more. When the step
+        fails, every request that was part of it is ended with that `error`, and the error is raised.
         """
         admitted = self.scheduler.admit()
         requests = admitted or list(self.scheduler.running)
+        try:
+            self._advance(requests, bool(admitted))
+        except BaseException as error:
+            for request in requests:
+                request.error = error
+                self.scheduler.remove(request)
+            raise
+        return requests
+
+    def _advance(self, requests: list[Request], admitted: bool) -> None:
         tokens = [request.prompt if admitted else request.generated[-1:] for request in requests]
         logits = self._forward([request.number for request in requests], tokens, [r.length for r in requests])
         # host-sync ok: the one read of a step.
@@ -43,7 +54,6 @@ class Engine:
             request.accept(token, self.eos)
             if request.finish_reason:
                 self.scheduler.remove(request)
-        return requests
 
     @torch.inference_mode()
     def logits(self, number: int, tokens: list[int]) -> Tensor:

@@ -2,7 +2,6 @@
 
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from duomoe.sampling import SamplingParams
@@ -24,16 +23,13 @@ class Request:
     seed: int
     length_limit: int
     stream: TextStream
-    clock: Callable[[], float] = time.perf_counter
     generated: list[int] = field(default_factory=list)
     news: deque[tuple[str, int]] = field(default_factory=deque)  # text and token of each step, until someone reads it
     finish_reason: str | None = None
-    submitted: float = 0.0
+    error: BaseException | None = None  # what ended the step that this request was part of
+    submitted: float = field(default_factory=time.perf_counter)  # this and the next two: seconds on that clock
     first_token: float = 0.0
     last_token: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.submitted = self.clock()
 
     @property
     def length(self) -> int:
@@ -42,7 +38,7 @@ class Request:
 
     def accept(self, token: int, eos: frozenset[int]) -> None:
         """Append a sampled token and decide whether the sequence ends with it."""
-        self.last_token = self.clock()
+        self.last_token = time.perf_counter()
         if not self.generated:
             self.first_token = self.last_token
         self.generated.append(token)
@@ -50,7 +46,7 @@ class Request:
         text = "" if ended else self.stream.push(token)
         if ended or self.stream.stopped:
             self.finish_reason = "stop"
-        elif len(self.generated) == self.params.max_new_tokens or self.length == self.length_limit:
+        elif len(self.generated) >= self.params.max_new_tokens or self.length >= self.length_limit:
             self.finish_reason = "length"
         if self.finish_reason:
             text += self.stream.finish()
