@@ -1,10 +1,13 @@
 """Our models against transformers, on tiny random checkpoints in float32."""
 
+import json
+import shutil
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from duomoe import LLM, SamplingParams
 
@@ -33,6 +36,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3, head_dim, tied": ("qwen3_moe", dict(head_dim=32, norm_topk_prob=True, tie_word_embeddings=True)),
     "qwen3, biases": ("qwen3_moe", dict(attention_bias=True, num_key_value_heads=1)),
     "qwen3, dense layer": ("qwen3_moe", dict(mlp_only_layers=[0, 2])),
+    "qwen3, no experts at all": ("qwen3_moe", dict(mlp_only_layers=[0, 1, 2])),
     "qwen3, sliding window": ("qwen3_moe", dict(use_sliding_window=True, sliding_window=11)),
     "linear": ("qwen3_moe", dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=10000.0))),
     "dynamic": (
@@ -119,12 +123,26 @@ def test_many_compiled_models_in_one_process(
         torch.testing.assert_close(llm.logits(prompt).cpu(), model.logits(prompt), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("family", "change"), [("mixtral", dict(rms_norm_eps=None)), ("qwen3_moe", dict(tie_word_embeddings=True))]
+)
+def test_a_changed_config_reads_as_transformers_reads_it(
+    family: str, change: dict[str, Any], tiny: Callable[..., Any], prompt_of: Callable[..., list[int]], tmp_path: Any
+) -> None:
+    """A key that is missing has the family's default; a head that is stored is used though the config ties it."""
+    changed = shutil.copytree(tiny(family).path, tmp_path / "changed")
+    config = json.loads((changed / "config.json").read_text()) | change
+    (changed / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    reference = transformers.AutoModelForCausalLM.from_pretrained(changed).eval()
+    prompt = prompt_of(30)
+    with torch.inference_mode():
+        expected = reference(torch.tensor([prompt])).logits[0]
+    torch.testing.assert_close(LLM(changed, device="cpu").logits(prompt), expected, atol=1e-4, rtol=0)
+
+
 def test_old_config_spellings_read_the_same(
     tiny: Callable[..., Any], prompt_of: Callable[..., list[int]], tmp_path: Any
 ) -> None:
-    import json
-    import shutil
-
     model = tiny("qwen3_moe", rope_parameters=YARN)
     old = tmp_path / "old"
     shutil.copytree(model.path, old)
