@@ -98,10 +98,6 @@ class LLM:
             # What is stored counts, also where the config says that the head is the embedding.
             self.config = replace(self.config, tie_word_embeddings=False)
         checkpoint.check(expected_tensors(architecture, self.config))
-        device = self.engine_config.torch_device()
-        dtype = self.engine_config.torch_dtype(self.config)
-        compiled = {"auto": device.type == "cuda", "on": True, "off": False}[self.engine_config.compile]
-
         has_tokenizer = (checkpoint.path / "tokenizer.json").exists()
         self.tokenizer = Tokenizer(checkpoint) if has_tokenizer else None
         generation = checkpoint.read_json("generation_config.json") or {}
@@ -114,6 +110,19 @@ class LLM:
             for layer in self.config.moe_layers
             for name, _ in architecture.block_sources(self.config, layer)["router"]
         ]
+
+        self._numbers = itertools.count()
+        self._lock = threading.RLock()  # one step at a time; callers in several threads share the batch
+        try:
+            self._build(checkpoint, architecture, quiet)
+        except torch.OutOfMemoryError:
+            raise InputError("the GPU's memory is too small; lower --expert-memory, or the longest sequence") from None
+
+    def _build(self, checkpoint: Checkpoint, architecture: Architecture, quiet: bool) -> None:
+        """Allocate everything, load the weights, and put the engine together."""
+        device = self.engine_config.torch_device()
+        dtype = self.engine_config.torch_dtype(self.config)
+        compiled = {"auto": device.type == "cuda", "on": True, "off": False}[self.engine_config.compile]
 
         model = Model(architecture, self.config, device, dtype, compiled)
         expert_format = plain_format(self.config.hidden_size, self.config.moe_intermediate_size, dtype)
@@ -148,8 +157,6 @@ class LLM:
             "expert_store_bytes": 0 if resident else store.num_bytes,
             "kv_cache_bytes": cache.num_bytes,
         }
-        self._numbers = itertools.count()
-        self._lock = threading.RLock()  # one step at a time; callers in several threads share the batch
 
     def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> list[Completion]:
         """Continue prompts, several at a time.

@@ -85,6 +85,10 @@ class Link(ABC):
     def has_arrived(self, copy: Any) -> bool:
         """Return whether waiting for the copy would take no time."""
 
+    @abstractmethod
+    def close(self) -> None:
+        """Give up whatever the link runs on; copies that have not begun fail."""
+
 
 @dataclass(frozen=True)
 class Pace:
@@ -214,6 +218,9 @@ class CudaLink(Link):
     def has_arrived(self, copy: torch.cuda.Event) -> bool:
         """Ask the GPU, without waiting for it."""
         return copy.query()
+
+    def close(self) -> None:
+        """Do nothing: a stream needs no end."""
 
 
 def open_link(device: torch.device, pace: Pace | None) -> Link:

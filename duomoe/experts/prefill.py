@@ -44,7 +44,7 @@ class PrefillStream:
         # From now on a slot's last use is minus its owner's rank in its layer, so that all layers count alike.
         directory = self.residency.directory
         for index in range(self.num_layers):
-            slots = [slot for slot in directory.slot_of[index].tolist() if slot >= 0]
+            slots = [slot for slot in directory.slot_of[index].tolist() if slot >= 0]  # host-sync ok: is on the host
             slots.sort(key=lambda slot: -int(directory.last_use[slot]))
             for rank, slot in enumerate(slots):
                 directory.last_use[slot] = -rank
@@ -88,7 +88,6 @@ class PrefillStream:
         tokens, top_k = routing.experts.shape
         age = torch.arange(tokens - 1, -1, -1, dtype=torch.float64)
         use = torch.exp2(-age.clamp(max=HALF_LIFE * 500) / HALF_LIFE)  # clamped, so that it never becomes 0
-        # host-sync ok: prefill decides on the host what to send.
-        experts = routing.experts.cpu().long().flatten()
+        experts = routing.experts.cpu().long().flatten()  # host-sync ok: prefill decides on the host what to send
         worth = torch.zeros(self.num_experts, dtype=torch.float64)
-        return worth.index_add_(0, experts, use.repeat_interleave(top_k)).tolist()
+        return worth.index_add_(0, experts, use.repeat_interleave(top_k)).tolist()  # host-sync ok: is on the host

@@ -1,5 +1,6 @@
 """Experts in slots: who gets one, who loses one, and when what is on its way may be used."""
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -30,6 +31,7 @@ class Residency:
         self._pinned: set[int] = set()  # slots that may not be given away now
         self._copies: dict[int, Any] = {}  # of slots whose expert has not been waited for
         self._marks: list[Any] = [None] * len(pool)  # behind the last computation that read each slot
+        weakref.finalize(self, link.close).atexit = False  # the link's thread ends with the last user of its slots
 
     def absent(self, index: int, experts: Iterable[int]) -> list[int]:
         """Return those experts of a MoE layer that have no slot."""
@@ -58,7 +60,8 @@ class Residency:
         return True
 
     def _free_slot(self, may_lose: Callable[[int], bool]) -> int | None:
-        owners, last_use = self.directory.owner_of.tolist(), self.directory.last_use.tolist()
+        owners = self.directory.owner_of.tolist()  # host-sync ok: the directory is on the host
+        last_use = self.directory.last_use.tolist()  # host-sync ok: as above
         found = [s for s, owner in enumerate(owners) if s not in self._pinned and (owner < 0 or may_lose(s))]
         # An empty slot goes before any other.
         return min(found, key=lambda slot: (owners[slot] >= 0, last_use[slot]), default=None)

@@ -1,11 +1,15 @@
 """The link on the CPU: asynchronous, in order, at its pace, and never silent about a fault."""
 
+import gc
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
+from duomoe import LLM
 from duomoe.experts.link import HostLink, LinkError, Pace
 
 
@@ -62,6 +66,18 @@ def test_a_fault_that_nobody_waits_for_reaches_the_next_sender() -> None:
         link.send(rows(1)[0], rows(1)[0])
     link.wait(link.send(rows(1)[0], rows(1)[0]))
     link.close()
+
+
+def test_the_thread_ends_with_its_model(tiny: Callable[..., Any]) -> None:
+    def links() -> int:
+        return sum(thread.name == "duomoe-link" for thread in threading.enumerate())
+
+    before = links()
+    llm = LLM(tiny("mixtral").path, device="cpu", policy="lru", expert_memory="100KB")
+    assert links() == before + 1
+    del llm
+    gc.collect()
+    assert links() == before
 
 
 def test_closing_leaves_nobody_waiting() -> None:

@@ -37,6 +37,6 @@ class Lru(BoundedPolicy):
         if self.prefilling:
             self.stream.run(total, index, routing)
         else:
-            # host-sync ok: for now the host decides what decode fetches.
-            self.residency.run(total, index, routing.experts.unique().tolist(), "demand_bytes")
+            needed = routing.experts.unique().tolist()  # host-sync ok: for now the host decides what decode fetches
+            self.residency.run(total, index, needed, "demand_bytes")
         return total.total()

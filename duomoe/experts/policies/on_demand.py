@@ -11,8 +11,8 @@ class OnDemand(BoundedPolicy):
 
     def experts(self, index: int, h: Tensor, routing: Routing) -> Tensor:
         """Fetch a wave, wait for all of it, compute it, and go on to the next."""
-        # host-sync ok: fetching on demand means that the host waits for the router; this is what the policy models.
-        needed = routing.experts.unique().tolist()
+        # Fetching on demand means that the host waits for the router; this is what the policy models.
+        needed = routing.experts.unique().tolist()  # host-sync ok: see above
         self.traffic.misses += len(needed)
         total = self.expert_sum(h, routing)
         slots = len(self.residency.pool)

@@ -30,5 +30,4 @@ class Resident(Policy):
 
     def traffic_so_far(self) -> Traffic:
         """Return a copy of the counts: every use is a hit."""
-        # host-sync ok: read between requests, not between tokens.
-        return replace(self.traffic, hits=int(self.used.item()))
+        return replace(self.traffic, hits=int(self.used.item()))  # host-sync ok: between requests, not between tokens
