@@ -174,7 +174,7 @@ class LLM:
         if not isinstance(prompts, str | list | tuple):
             raise InputError(f"prompts are strings or lists of token ids, not {type(prompts).__name__}")
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
-        each: Sequence[Prompt] = [prompts] if single else prompts  # type: ignore[list-item, assignment]
+        each: Sequence[Prompt] = [prompts] if single else prompts
         requests = [self._request(prompt, params or SamplingParams()) for prompt in each]
         finished: dict[int, Completion] = {}
         for request, chunk in self._run(requests):

@@ -230,7 +230,7 @@ def _parse_dtype(raw: Mapping[str, Any]) -> torch.dtype:
 
 def _parse_rope(raw: Mapping[str, Any], head_dim: int, default_theta: float) -> RopeConfig:
     """Read `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before)."""
-    found = next((raw[key] for key in ("rope_scaling", "rope_parameters") if raw.get(key) is not None), {})
+    found: Any = next((raw[key] for key in ("rope_scaling", "rope_parameters") if raw.get(key) is not None), {})
     if not isinstance(found, Mapping) or any(isinstance(value, Mapping) for value in found.values()):
         raise InputError(f"config.json: rope_parameters must be one flat object, found {_short(found)}")
     inherited = {"rope_theta": raw.get("rope_theta", default_theta)}

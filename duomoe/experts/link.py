@@ -217,7 +217,7 @@ class CudaLink(Link):
 
     def has_arrived(self, copy: torch.cuda.Event) -> bool:
         """Ask the GPU, without waiting for it."""
-        return copy.query()
+        return bool(copy.query())
 
     def close(self) -> None:
         """Do nothing: a stream needs no end."""
