@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from duomoe.errors import InputError
-
-# More text than any model's context holds; what goes on for longer is not a prompt.
-MAX_TEXT_BYTES = 64 << 20
+from duomoe.text_file import read_text
 
 
 class Parser(argparse.ArgumentParser):
@@ -78,24 +76,6 @@ def progress_is_visible() -> bool:
 def _abandon_stdout() -> None:
     """Keep Python from flushing what cannot be written when it exits."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def read_text(path: Path) -> str:
-    """Return a file's text.
-
-    Raises:
-        InputError: when it cannot be read, or is not UTF-8.
-    """
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_TEXT_BYTES + 1)
-        if len(content) > MAX_TEXT_BYTES:
-            raise InputError(f"{path}: more than {MAX_TEXT_BYTES} bytes of text")
-        return content.decode("utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    except UnicodeError:
-        raise InputError(f"{path}: not UTF-8 text") from None
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -12,8 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from duomoe.command import Parser, progress_is_visible, read_text, run_command, say, write
+from duomoe.command import Parser, progress_is_visible, run_command, say, write
 from duomoe.errors import InputError
+from duomoe.text_file import read_text
 
 if TYPE_CHECKING:
     from duomoe.llm import LLM, Completion

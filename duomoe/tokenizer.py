@@ -8,8 +8,8 @@ from typing import Any
 from tokenizers import Tokenizer as Encoder
 
 from duomoe.checkpoint import Checkpoint
-from duomoe.command import read_text
 from duomoe.errors import InputError
+from duomoe.text_file import read_text
 
 # So many of a prompt's last tokens are decoded together with the first new ones.
 CONTEXT = 8
