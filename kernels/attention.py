@@ -34,7 +34,7 @@ def paged_attention_reference(
     out = torch.zeros_like(q)
     page_size, kv_heads, head_dim = k_pages.shape[1:]
     group = q.shape[1] // kv_heads
-    starts, contexts = query_start.tolist(), context_len.tolist()
+    starts, contexts = query_start.tolist(), context_len.tolist()  # host-sync ok: the reference runs on the CPU
     for sequence, context in enumerate(contexts):
         begin, end = starts[sequence], starts[sequence + 1]
         if begin == end:

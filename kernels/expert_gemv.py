@@ -34,8 +34,8 @@ def _part(size: int, splits: int, split: int) -> slice:
 
 def experts_gate_up_gemv_reference(x: Tensor, w_gate_up: Tensor, slots: Tensor, experts: Tensor, out: Tensor) -> None:
     """Compute `experts_gate_up_gemv` in float32 with plain PyTorch, pair by pair."""
-    top_k, where = experts.shape[1], slots.tolist()
-    for pair, expert in enumerate(experts.flatten().tolist()):
+    top_k, where = experts.shape[1], slots.tolist()  # host-sync ok: the reference runs on the CPU
+    for pair, expert in enumerate(experts.flatten().tolist()):  # host-sync ok: the reference runs on the CPU
         if expert < 0 or where[expert] < 0:
             continue
         token, weight = x[pair // top_k].float(), w_gate_up[where[expert]]
@@ -48,9 +48,9 @@ def experts_down_gemv_reference(
     gate_up: Tensor, w_down: Tensor, slots: Tensor, experts: Tensor, weights: Tensor, out: Tensor
 ) -> None:
     """Compute `experts_down_gemv` in float32 with plain PyTorch, pair by pair."""
-    where = slots.tolist()
+    where = slots.tolist()  # host-sync ok: the reference runs on the CPU
     factors = weights.flatten()
-    for pair, expert in enumerate(experts.flatten().tolist()):
+    for pair, expert in enumerate(experts.flatten().tolist()):  # host-sync ok: the reference runs on the CPU
         if expert < 0 or where[expert] < 0:
             continue
         gate, up = gate_up[:, pair].sum(0).chunk(2)

@@ -21,8 +21,8 @@ def experts_gate_up_reference(
     x: Tensor, w_gate_up: Tensor, slots: Tensor, order: Tensor, offsets: Tensor, top_k: int, out: Tensor
 ) -> None:
     """Compute `experts_gate_up` in float32 with plain PyTorch, expert by expert."""
-    starts = offsets.tolist()
-    for expert, slot in enumerate(slots.tolist()):
+    starts = offsets.tolist()  # host-sync ok: the reference runs on the CPU
+    for expert, slot in enumerate(slots.tolist()):  # host-sync ok: the reference runs on the CPU
         begin, end = starts[expert], starts[expert + 1]
         if slot < 0 or begin == end:
             continue
@@ -35,8 +35,8 @@ def experts_down_reference(
     h: Tensor, w_down: Tensor, slots: Tensor, order: Tensor, offsets: Tensor, weights: Tensor, out: Tensor
 ) -> None:
     """Compute `experts_down` in float32 with plain PyTorch, expert by expert."""
-    starts = offsets.tolist()
-    for expert, slot in enumerate(slots.tolist()):
+    starts = offsets.tolist()  # host-sync ok: the reference runs on the CPU
+    for expert, slot in enumerate(slots.tolist()):  # host-sync ok: the reference runs on the CPU
         begin, end = starts[expert], starts[expert + 1]
         if slot < 0 or begin == end:
             continue

@@ -109,7 +109,6 @@ class HostLink(Link):
 
     def __init__(self, pace: Pace | None = None) -> None:
         self.pace = pace
-        self.busy_s = 0.0  # how long copies were under way
         self._queue: deque[Copy] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -186,7 +185,6 @@ class HostLink(Link):
             # Counted from when the link became free, not from now: the thread's own delays do not add up.
             self._free_at = max(self._free_at, begin) + self.pace.latency + copy.source.nbytes / self.pace.bandwidth
             time.sleep(max(0.0, self._free_at - time.perf_counter()))
-        self.busy_s += time.perf_counter() - begin
 
 
 class CudaLink(Link):
