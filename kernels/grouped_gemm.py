@@ -4,6 +4,8 @@ Pairs are sorted by expert (permute.py). An expert is found through `slots`: the
 not part of this wave, in which case its pairs are left untouched for the wave that has it. The reduction over the
 inner dimension runs in one fixed order whatever the wave holds, so a pair's result does not depend on the wave, on
 the slot, or on the other experts that are resident.
+
+Weights are plain or quantised (quantised.py). Quantised ones become values of the activations' dtype in registers.
 """
 
 import torch
@@ -15,10 +17,30 @@ from torch import Tensor
 from duomoe.kernels.configuration import TRITON_TYPE, Configuration, multiprocessors, shared_memory
 from duomoe.kernels.configuration import capability as capability_of
 from duomoe.kernels.operator import operator
+from duomoe.kernels.quantised import (
+    Form,
+    decoded,
+    example_forms,
+    expert_values,
+    in_slot,
+    kernel_form,
+    pools,
+    row_length,
+    scale_places,
+    strides,
+)
 
 
 def experts_gate_up_reference(
-    x: Tensor, w_gate_up: Tensor, slots: Tensor, order: Tensor, offsets: Tensor, top_k: int, out: Tensor
+    x: Tensor,
+    w_gate_up: Tensor,
+    slots: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    top_k: int,
+    out: Tensor,
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
 ) -> None:
     """Compute `experts_gate_up` in float32 with plain PyTorch, expert by expert."""
     starts = offsets.tolist()  # host-sync ok: the reference runs on the CPU
@@ -27,12 +49,21 @@ def experts_gate_up_reference(
         if slot < 0 or begin == end:
             continue
         tokens = order[begin:end].long() // top_k
-        gate, up = F.linear(x[tokens].float(), w_gate_up[slot].float()).chunk(2, dim=-1)
+        weight = expert_values(slot, w_gate_up, scales, zeros, x.shape[1], matrices=2)
+        gate, up = F.linear(x[tokens].float(), weight).chunk(2, dim=-1)
         out[begin:end] = (F.silu(gate) * up).to(out.dtype)
 
 
 def experts_down_reference(
-    h: Tensor, w_down: Tensor, slots: Tensor, order: Tensor, offsets: Tensor, weights: Tensor, out: Tensor
+    h: Tensor,
+    w_down: Tensor,
+    slots: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    weights: Tensor,
+    out: Tensor,
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
 ) -> None:
     """Compute `experts_down` in float32 with plain PyTorch, expert by expert."""
     starts = offsets.tolist()  # host-sync ok: the reference runs on the CPU
@@ -41,36 +72,65 @@ def experts_down_reference(
         if slot < 0 or begin == end:
             continue
         pairs = order[begin:end].long()
-        y = F.linear(h[begin:end].float(), w_down[slot].float())
+        y = F.linear(h[begin:end].float(), expert_values(slot, w_down, scales, zeros, h.shape[1]))
         out[pairs] = (y * weights.flatten()[pairs, None]).to(out.dtype)
 
 
 @operator(mutates_args=("out",))
 def experts_gate_up(
-    x: Tensor, w_gate_up: Tensor, slots: Tensor, order: Tensor, offsets: Tensor, top_k: int, out: Tensor
+    x: Tensor,
+    w_gate_up: Tensor,
+    slots: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    top_k: int,
+    out: Tensor,
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
 ) -> None:
     """Compute `silu(x @ gate.T) * (x @ up.T)` for every pair whose expert is resident.
 
     Args:
         x: [tokens, hidden].
-        w_gate_up: [num_slots, 2 * intermediate, hidden], the gate rows first; a strided view into the slot pool.
+        w_gate_up: [num_slots, 2 * intermediate, hidden], the gate rows first; a strided view into the slot pool. Plain
+            or quantised (quantised.py), and so is every matrix here.
         slots: [experts] int32, the slot of each expert, -1 for those not in this wave.
         order: [tokens * top_k] int32, pairs sorted by expert.
         offsets: [experts + 1] int32, where each expert's pairs begin in `order`.
         top_k: experts per token; a pair's token is `pair // top_k`.
         out: [tokens * top_k, intermediate], written at each pair's place in `order`.
+        scales: of quantised weights, [num_slots, …], a view into the pool; None for plain ones.
+        zeros: of int4 weights, likewise.
     """
-    experts_gate_up_reference(x, w_gate_up, slots, order, offsets, top_k, out)
+    experts_gate_up_reference(x, w_gate_up, slots, order, offsets, top_k, out, scales, zeros)
 
 
 @experts_gate_up.register_fake
-def _(x: Tensor, w_gate_up: Tensor, slots: Tensor, order: Tensor, offsets: Tensor, top_k: int, out: Tensor) -> None:
+def _(
+    x: Tensor,
+    w_gate_up: Tensor,
+    slots: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    top_k: int,
+    out: Tensor,
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
+) -> None:
     return None
 
 
 @operator(mutates_args=("out",))
 def experts_down(
-    h: Tensor, w_down: Tensor, slots: Tensor, order: Tensor, offsets: Tensor, weights: Tensor, out: Tensor
+    h: Tensor,
+    w_down: Tensor,
+    slots: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    weights: Tensor,
+    out: Tensor,
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
 ) -> None:
     """Compute `weight * (h @ down.T)` for every pair whose expert is resident.
 
@@ -82,12 +142,24 @@ def experts_down(
         offsets: see above.
         weights: [tokens, top_k] float32, the router's.
         out: [tokens * top_k, hidden], written at row `pair`, ready for `combine`.
+        scales: as in `experts_gate_up`, and so is `zeros`.
+        zeros: see above.
     """
-    experts_down_reference(h, w_down, slots, order, offsets, weights, out)
+    experts_down_reference(h, w_down, slots, order, offsets, weights, out, scales, zeros)
 
 
 @experts_down.register_fake
-def _(h: Tensor, w_down: Tensor, slots: Tensor, order: Tensor, offsets: Tensor, weights: Tensor, out: Tensor) -> None:
+def _(
+    h: Tensor,
+    w_down: Tensor,
+    slots: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    weights: Tensor,
+    out: Tensor,
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
+) -> None:
     return None
 
 
@@ -134,19 +206,34 @@ def _locate(
 
 
 @triton.jit
+def _load(at: tl.tensor, inside: tl.tensor, WHOLE: tl.constexpr) -> tl.tensor:
+    """Load a tile, zero where it is not `inside` its matrix; WHOLE says that it is everywhere."""
+    if WHOLE:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=inside, other=0)
+
+
+@triton.jit
 def _gate_up_kernel(
     x: tl.tensor,
     w_gate_up: tl.tensor,
+    scales: tl.tensor,
+    zeros: tl.tensor,
     slots: tl.tensor,
     order: tl.tensor,
     offsets: tl.tensor,
     out: tl.tensor,
     slot_stride: tl.tensor,
+    scale_stride: tl.tensor,
+    zero_stride: tl.tensor,
     num_experts: tl.tensor,
     hidden: tl.tensor,
     intermediate: tl.tensor,
     TOP_K: tl.constexpr,
     EVEN_K: tl.constexpr,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -158,6 +245,7 @@ def _gate_up_kernel(
     The number of tiles is known on the device only; a fixed number of programs shares them, so absent experts cost
     nothing.
     """
+    PLANES: tl.constexpr = 2 if FORMAT == "int4" else 1
     ends = _tile_ends(offsets, slots, num_experts, BLOCK_M, BLOCK_E)
     tiles_m, tiles_n = tl.max(ends, 0), tl.cdiv(intermediate, BLOCK_N)
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
@@ -167,21 +255,27 @@ def _gate_up_kernel(
         row = tl.minimum(column, intermediate - 1).to(tl.int64)
         inner = tl.arange(0, BLOCK_K)
         a_at = x + token[:, None] * hidden + inner[None, :]
-        gate_at = w_gate_up + slot * slot_stride + row[None, :] * hidden + inner[:, None]
-        up_at = gate_at + tl.cast(intermediate, tl.int64) * hidden
+        length = row_length(hidden, FORMAT)
+        gate_at = w_gate_up + slot * slot_stride + row[None, :] * length + inner[:, None]
+        up_at = gate_at + tl.cast(intermediate, tl.int64) * length
+        s, z = in_slot(scales, slot, scale_stride), in_slot(zeros, slot, zero_stride)
+        gate_place, step = scale_places(0, row, intermediate, hidden, FORMAT, GROUP)
+        up_place, step = scale_places(1, row, intermediate, hidden, FORMAT, GROUP)
 
         gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k in range(0, hidden, BLOCK_K):
-            if EVEN_K:
-                a, gate_w, up_w = tl.load(a_at), tl.load(gate_at), tl.load(up_at)
-            else:
-                a = tl.load(a_at, mask=(inner < hidden - k)[None, :], other=0.0)
-                gate_w = tl.load(gate_at, mask=(inner < hidden - k)[:, None], other=0.0)
-                up_w = tl.load(up_at, mask=(inner < hidden - k)[:, None], other=0.0)
-            gate = tl.dot(a, gate_w, gate, input_precision="ieee")
-            up = tl.dot(a, up_w, up, input_precision="ieee")
-            a_at += BLOCK_K
+        for k in range(0, hidden, BLOCK_K * PLANES):
+            gate_raw = _load(gate_at, (inner < hidden - k)[:, None], EVEN_K or PLANES == 2)
+            up_raw = _load(up_at, (inner < hidden - k)[:, None], EVEN_K or PLANES == 2)
+            for plane in tl.static_range(PLANES):
+                at = k + plane * BLOCK_K
+                a = _load(a_at + plane * BLOCK_K, (inner < hidden - at)[None, :], EVEN_K)
+                group = at // GROUP * step
+                gate_w = decoded(gate_raw, s, z, gate_place + group, plane, 0, FORMAT, a.dtype)
+                up_w = decoded(up_raw, s, z, up_place + group, plane, 0, FORMAT, a.dtype)
+                gate = tl.dot(a, gate_w, gate, input_precision="ieee")
+                up = tl.dot(a, up_w, up, input_precision="ieee")
+            a_at += BLOCK_K * PLANES
             gate_at += BLOCK_K
             up_at += BLOCK_K
         h = gate * tl.sigmoid(gate) * up
@@ -193,16 +287,22 @@ def _gate_up_kernel(
 def _down_kernel(
     h: tl.tensor,
     w_down: tl.tensor,
+    scales: tl.tensor,
+    zeros: tl.tensor,
     slots: tl.tensor,
     order: tl.tensor,
     offsets: tl.tensor,
     weights: tl.tensor,
     out: tl.tensor,
     slot_stride: tl.tensor,
+    scale_stride: tl.tensor,
+    zero_stride: tl.tensor,
     num_experts: tl.tensor,
     intermediate: tl.tensor,
     hidden: tl.tensor,
     EVEN_K: tl.constexpr,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -210,6 +310,7 @@ def _down_kernel(
     GROUP_M: tl.constexpr,
 ) -> None:
     """Each program computes every so-many-th tile, as in `_gate_up_kernel`, and writes its rows back in pair order."""
+    PLANES: tl.constexpr = 2 if FORMAT == "int4" else 1
     ends = _tile_ends(offsets, slots, num_experts, BLOCK_M, BLOCK_E)
     tiles_m, tiles_n = tl.max(ends, 0), tl.cdiv(hidden, BLOCK_N)
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
@@ -218,20 +319,22 @@ def _down_kernel(
         row = tl.minimum(column, hidden - 1).to(tl.int64)
         inner = tl.arange(0, BLOCK_K)
         a_at = h + place.to(tl.int64)[:, None] * intermediate + inner[None, :]
-        w_at = w_down + slot * slot_stride + row[None, :] * intermediate + inner[:, None]
+        w_at = w_down + slot * slot_stride + row[None, :] * row_length(intermediate, FORMAT) + inner[:, None]
+        s, z = in_slot(scales, slot, scale_stride), in_slot(zeros, slot, zero_stride)
+        row_place, step = scale_places(0, row, hidden, intermediate, FORMAT, GROUP)
         # Loaded here, so that they arrive during the loop.
         pair = tl.load(order + place)
         factor = tl.load(weights + pair)
 
         y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k in range(0, intermediate, BLOCK_K):
-            if EVEN_K:
-                a, w = tl.load(a_at), tl.load(w_at)
-            else:
-                a = tl.load(a_at, mask=(inner < intermediate - k)[None, :], other=0.0)
-                w = tl.load(w_at, mask=(inner < intermediate - k)[:, None], other=0.0)
-            y = tl.dot(a, w, y, input_precision="ieee")
-            a_at += BLOCK_K
+        for k in range(0, intermediate, BLOCK_K * PLANES):
+            raw = _load(w_at, (inner < intermediate - k)[:, None], EVEN_K or PLANES == 2)
+            for plane in tl.static_range(PLANES):
+                at = k + plane * BLOCK_K
+                a = _load(a_at + plane * BLOCK_K, (inner < intermediate - at)[None, :], EVEN_K)
+                w = decoded(raw, s, z, row_place + at // GROUP * step, plane, 0, FORMAT, a.dtype)
+                y = tl.dot(a, w, y, input_precision="ieee")
+            a_at += BLOCK_K * PLANES
             w_at += BLOCK_K
         y *= factor[:, None]
         to = out + pair.to(tl.int64)[:, None] * hidden + column[None, :]
@@ -239,16 +342,17 @@ def _down_kernel(
 
 
 def _options(
-    pairs: int, num_experts: int, inner: int, matrices: int, dtype: torch.dtype, capability: int
-) -> dict[str, int | bool]:
+    pairs: int, num_experts: int, inner: int, matrices: int, dtype: torch.dtype, capability: int, form: Form
+) -> Form:
     """Choose the tile for a pass of `pairs`, when each tile of activations meets `matrices` tiles of weights.
 
     The tile is higher than an expert has pairs on average, so that most experts' weights are read once, within what
     tensor cores like. BLOCK_K, and with it the order of the additions, is the same for every pass and GPU.
     """
     mean_pairs = triton.cdiv(pairs, num_experts)
+    planes = 2 if form["FORMAT"] == "int4" else 1
     if dtype == torch.float32:
-        block_m, width, block_k, warps = 16, 64, 32, 4
+        block_m, width, block_k, warps = 16, 64, 64 if planes == 2 else 32, 4
     else:
         block_m = 128 if mean_pairs > 64 else min(max(triton.next_power_of_2(2 * mean_pairs), 16), 64)
         # Only Hopper's tensor cores take both operands from shared memory; elsewhere the wide tile spills registers.
@@ -256,9 +360,10 @@ def _options(
         # Blackwell's (10.x) keep the sums in a memory of their own, so 4 warps have registers enough.
         warps = 8 if width == 256 or (block_m == 128 and capability // 10 != 10) else 4
         block_k = 64
-    stage = (block_m + width) * block_k * dtype.itemsize
-    return {
-        "EVEN_K": inner % block_k == 0,
+    weight_bytes = dtype.itemsize if form["FORMAT"] == "plain" else 1
+    stage = (block_m * planes * dtype.itemsize + width * weight_bytes) * block_k
+    return form | {
+        "EVEN_K": inner % (block_k * planes) == 0,
         "BLOCK_M": block_m,
         "BLOCK_N": width // matrices,
         "BLOCK_K": block_k,
@@ -280,46 +385,73 @@ def _programs(pairs: int, num_experts: int, outer: int, options: dict[str, int |
 
 @experts_gate_up.register_cuda
 def experts_gate_up_triton(
-    x: Tensor, w_gate_up: Tensor, slots: Tensor, order: Tensor, offsets: Tensor, top_k: int, out: Tensor
+    x: Tensor,
+    w_gate_up: Tensor,
+    slots: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    top_k: int,
+    out: Tensor,
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
 ) -> None:
     """Launch the kernel of `experts_gate_up`."""
     pairs, num_experts = len(order), len(slots)
     if pairs == 0:
         return
     intermediate, hidden = out.shape[1], x.shape[1]
-    options = _options(pairs, num_experts, hidden, 2, x.dtype, capability_of(x.device))
+    capability = capability_of(x.device)
+    form = kernel_form(w_gate_up, scales, 2, capability)
+    options = _options(pairs, num_experts, hidden, 2, x.dtype, capability, form)
     _gate_up_kernel[(_programs(pairs, num_experts, intermediate, options, x.device),)](
-        x, w_gate_up, slots, order, offsets, out, w_gate_up.stride(0), num_experts, hidden, intermediate,
-        TOP_K=top_k, **options,
+        x, *pools(w_gate_up, scales, zeros), slots, order, offsets, out, *strides(w_gate_up, scales, zeros),
+        num_experts, hidden, intermediate, TOP_K=top_k, **options,
     )  # fmt: skip
 
 
 @experts_down.register_cuda
 def experts_down_triton(
-    h: Tensor, w_down: Tensor, slots: Tensor, order: Tensor, offsets: Tensor, weights: Tensor, out: Tensor
+    h: Tensor,
+    w_down: Tensor,
+    slots: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    weights: Tensor,
+    out: Tensor,
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
 ) -> None:
     """Launch the kernel of `experts_down`."""
     pairs, num_experts = len(order), len(slots)
     if pairs == 0:
         return
     intermediate, hidden = h.shape[1], out.shape[1]
-    options = _options(pairs, num_experts, intermediate, 1, h.dtype, capability_of(h.device))
+    capability = capability_of(h.device)
+    form = kernel_form(w_down, scales, 1, capability)
+    options = _options(pairs, num_experts, intermediate, 1, h.dtype, capability, form)
     _down_kernel[(_programs(pairs, num_experts, hidden, options, h.device),)](
-        h, w_down, slots, order, offsets, weights, out, w_down.stride(0), num_experts, intermediate, hidden, **options
-    )
+        h, *pools(w_down, scales, zeros), slots, order, offsets, weights, out, *strides(w_down, scales, zeros),
+        num_experts, intermediate, hidden, **options,
+    )  # fmt: skip
 
 
 def configurations(dtype: torch.dtype, capability: int) -> list[Configuration]:
-    """List what the launchers choose for passes of every size, with an even and an odd inner dimension."""
+    """List what the launchers choose for passes of every size, with an even and an odd inner dimension.
+
+    For quantised weights, passes of two sizes, of which the larger has the odd dimension.
+    """
     pointer = f"*{TRITON_TYPE[dtype]}:16"
     types = dict.fromkeys(("slots", "order", "offsets"), "*i32:16") | {"out": pointer, "slot_stride": "i32:16"}
     types |= {"num_experts": "i32", "hidden": "i32:16", "intermediate": "i32:16"}
-    gate_up = types | {"x": pointer, "w_gate_up": pointer}
-    down = types | {"h": pointer, "w_down": pointer, "weights": "*fp32:16"}
     found = []
-    for pairs, inner in ((128, 2048), (16 * 128, 2048), (64 * 128, 2048), (128 * 128, 2048), (128 * 128, 2080)):
-        options = _options(pairs, 128, inner, 2, dtype, capability) | {"TOP_K": 8}
-        found.append(Configuration(_gate_up_kernel, gate_up, options, tensor_cores=True, wide_loads=True))
-        options = _options(pairs, 128, inner, 1, dtype, capability)
-        found.append(Configuration(_down_kernel, down, options, tensor_cores=True, wide_loads=True))
+    every = ((128, 2048), (16 * 128, 2048), (64 * 128, 2048), (128 * 128, 2048), (128 * 128, 2080))
+    for form, pointers in example_forms(dtype, capability):
+        quantised = {name: kind for name, kind in pointers.items() if name != "w"}
+        gate_up = types | quantised | {"x": pointer, "w_gate_up": pointers["w"]}
+        down = types | quantised | {"h": pointer, "w_down": pointers["w"], "weights": "*fp32:16"}
+        for pairs, inner in every if form["FORMAT"] == "plain" else (every[0], every[-1]):
+            options = _options(pairs, 128, inner, 2, dtype, capability, form) | {"TOP_K": 8}
+            found.append(Configuration(_gate_up_kernel, gate_up, options, tensor_cores=True, wide_loads=True))
+            options = _options(pairs, 128, inner, 1, dtype, capability, form)
+            found.append(Configuration(_down_kernel, down, options, tensor_cores=True, wide_loads=True))
     return found
