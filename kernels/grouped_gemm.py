@@ -19,9 +19,11 @@ from duomoe.kernels.configuration import capability as capability_of
 from duomoe.kernels.operator import operator
 from duomoe.kernels.quantised import (
     Form,
+    advance,
     decoded,
     example_forms,
     expert_values,
+    half_of,
     in_slot,
     kernel_form,
     pools,
@@ -206,12 +208,38 @@ def _locate(
 
 
 @triton.jit
-def _load(at: tl.tensor, inside: tl.tensor, WHOLE: tl.constexpr) -> tl.tensor:
-    """Load a tile, zero where it is not `inside` its matrix; WHOLE says that it is everywhere."""
-    if WHOLE:
-        return tl.load(at)
-    else:
-        return tl.load(at, mask=inside, other=0)
+def _product(
+    a_at: tl.tensor,
+    w_at: tl.tensor,
+    scales: tl.tensor,
+    zeros: tl.tensor,
+    place: tl.tensor,
+    step: tl.tensor,
+    size: tl.tensor,
+    EVEN_K: tl.constexpr,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> tl.tensor:
+    """Return the product [BLOCK_M, BLOCK_N] of rows of activations and rows of weights that have `size` values each.
+
+    `a_at` and `w_at` are where the rows' first BLOCK_K values lie; `place` and `step` are those of the weights' scales.
+    """
+    inner = tl.arange(0, BLOCK_K)
+    y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, size, BLOCK_K):
+        if EVEN_K:
+            a, raw = tl.load(a_at), tl.load(w_at)
+        else:
+            a = tl.load(a_at, mask=(inner < size - k)[None, :], other=0.0)
+            raw = tl.load(w_at, mask=(inner < size - k)[:, None], other=0)
+        w = decoded(raw, scales, zeros, place + k // GROUP * step, half_of(k), 0, FORMAT, a.dtype)
+        y = tl.dot(a, w, y, input_precision="ieee")
+        a_at += BLOCK_K
+        w_at += advance(k, BLOCK_K, FORMAT)
+    return y
 
 
 @triton.jit
@@ -245,40 +273,27 @@ def _gate_up_kernel(
     The number of tiles is known on the device only; a fixed number of programs shares them, so absent experts cost
     nothing.
     """
-    PLANES: tl.constexpr = 2 if FORMAT == "int4" else 1
     ends = _tile_ends(offsets, slots, num_experts, BLOCK_M, BLOCK_E)
     tiles_m, tiles_n = tl.max(ends, 0), tl.cdiv(intermediate, BLOCK_N)
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         slot, place, own, tile_n = _locate(tile, ends, tiles_m, tiles_n, offsets, slots, BLOCK_M, GROUP_M)
         token = (tl.load(order + place) // TOP_K).to(tl.int64)
-        column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        row = tl.minimum(column, intermediate - 1).to(tl.int64)
+        # Rows of gate and up alternate, so that one product has both, next to each other in the same thread.
+        both = tl.arange(0, 2 * BLOCK_N)
+        row, matrix = tl.minimum(tile_n * BLOCK_N + both // 2, intermediate - 1), both % 2
         inner = tl.arange(0, BLOCK_K)
         a_at = x + token[:, None] * hidden + inner[None, :]
-        length = row_length(hidden, FORMAT)
-        gate_at = w_gate_up + slot * slot_stride + row[None, :] * length + inner[:, None]
-        up_at = gate_at + tl.cast(intermediate, tl.int64) * length
+        stacked_row = (row + matrix * intermediate).to(tl.int64)
+        w_at = w_gate_up + slot * slot_stride + stacked_row[None, :] * row_length(hidden, FORMAT) + inner[:, None]
+        scale_place, step = scale_places(matrix, row, intermediate, hidden, FORMAT, GROUP)
         s, z = in_slot(scales, slot, scale_stride), in_slot(zeros, slot, zero_stride)
-        gate_place, step = scale_places(0, row, intermediate, hidden, FORMAT, GROUP)
-        up_place, step = scale_places(1, row, intermediate, hidden, FORMAT, GROUP)
 
-        gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k in range(0, hidden, BLOCK_K * PLANES):
-            gate_raw = _load(gate_at, (inner < hidden - k)[:, None], EVEN_K or PLANES == 2)
-            up_raw = _load(up_at, (inner < hidden - k)[:, None], EVEN_K or PLANES == 2)
-            for plane in tl.static_range(PLANES):
-                at = k + plane * BLOCK_K
-                a = _load(a_at + plane * BLOCK_K, (inner < hidden - at)[None, :], EVEN_K)
-                group = at // GROUP * step
-                gate_w = decoded(gate_raw, s, z, gate_place + group, plane, 0, FORMAT, a.dtype)
-                up_w = decoded(up_raw, s, z, up_place + group, plane, 0, FORMAT, a.dtype)
-                gate = tl.dot(a, gate_w, gate, input_precision="ieee")
-                up = tl.dot(a, up_w, up, input_precision="ieee")
-            a_at += BLOCK_K * PLANES
-            gate_at += BLOCK_K
-            up_at += BLOCK_K
+        y = _product(
+            a_at, w_at, s, z, scale_place, step, hidden, EVEN_K, FORMAT, GROUP, BLOCK_M, 2 * BLOCK_N, BLOCK_K
+        )
+        gate, up = tl.split(tl.reshape(y, (BLOCK_M, BLOCK_N, 2)))
         h = gate * tl.sigmoid(gate) * up
+        column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         to = out + place.to(tl.int64)[:, None] * intermediate + column[None, :]
         tl.store(to, h.to(out.dtype.element_ty), mask=own[:, None] & (column < intermediate)[None, :])
 
@@ -310,7 +325,6 @@ def _down_kernel(
     GROUP_M: tl.constexpr,
 ) -> None:
     """Each program computes every so-many-th tile, as in `_gate_up_kernel`, and writes its rows back in pair order."""
-    PLANES: tl.constexpr = 2 if FORMAT == "int4" else 1
     ends = _tile_ends(offsets, slots, num_experts, BLOCK_M, BLOCK_E)
     tiles_m, tiles_n = tl.max(ends, 0), tl.cdiv(hidden, BLOCK_N)
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
@@ -321,21 +335,14 @@ def _down_kernel(
         a_at = h + place.to(tl.int64)[:, None] * intermediate + inner[None, :]
         w_at = w_down + slot * slot_stride + row[None, :] * row_length(intermediate, FORMAT) + inner[:, None]
         s, z = in_slot(scales, slot, scale_stride), in_slot(zeros, slot, zero_stride)
-        row_place, step = scale_places(0, row, hidden, intermediate, FORMAT, GROUP)
+        scale_place, step = scale_places(0, row, hidden, intermediate, FORMAT, GROUP)
         # Loaded here, so that they arrive during the loop.
         pair = tl.load(order + place)
         factor = tl.load(weights + pair)
 
-        y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k in range(0, intermediate, BLOCK_K * PLANES):
-            raw = _load(w_at, (inner < intermediate - k)[:, None], EVEN_K or PLANES == 2)
-            for plane in tl.static_range(PLANES):
-                at = k + plane * BLOCK_K
-                a = _load(a_at + plane * BLOCK_K, (inner < intermediate - at)[None, :], EVEN_K)
-                w = decoded(raw, s, z, row_place + at // GROUP * step, plane, 0, FORMAT, a.dtype)
-                y = tl.dot(a, w, y, input_precision="ieee")
-            a_at += BLOCK_K * PLANES
-            w_at += BLOCK_K
+        y = _product(
+            a_at, w_at, s, z, scale_place, step, intermediate, EVEN_K, FORMAT, GROUP, BLOCK_M, BLOCK_N, BLOCK_K
+        )
         y *= factor[:, None]
         to = out + pair.to(tl.int64)[:, None] * hidden + column[None, :]
         tl.store(to, y.to(out.dtype.element_ty), mask=own[:, None] & (column < hidden)[None, :])
@@ -350,9 +357,8 @@ def _options(
     tensor cores like. BLOCK_K, and with it the order of the additions, is the same for every pass and GPU.
     """
     mean_pairs = triton.cdiv(pairs, num_experts)
-    planes = 2 if form["FORMAT"] == "int4" else 1
     if dtype == torch.float32:
-        block_m, width, block_k, warps = 16, 64, 64 if planes == 2 else 32, 4
+        block_m, width, block_k, warps = 16, 64, 64 if form["FORMAT"] == "int4" else 32, 4
     else:
         block_m = 128 if mean_pairs > 64 else min(max(triton.next_power_of_2(2 * mean_pairs), 16), 64)
         # Only Hopper's tensor cores take both operands from shared memory; elsewhere the wide tile spills registers.
@@ -361,9 +367,9 @@ def _options(
         warps = 8 if width == 256 or (block_m == 128 and capability // 10 != 10) else 4
         block_k = 64
     weight_bytes = dtype.itemsize if form["FORMAT"] == "plain" else 1
-    stage = (block_m * planes * dtype.itemsize + width * weight_bytes) * block_k
+    stage = (block_m * dtype.itemsize + width * weight_bytes) * block_k
     return form | {
-        "EVEN_K": inner % (block_k * planes) == 0,
+        "EVEN_K": inner % block_k == 0,
         "BLOCK_M": block_m,
         "BLOCK_N": width // matrices,
         "BLOCK_K": block_k,

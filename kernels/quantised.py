@@ -158,6 +158,24 @@ def row_length(inner: tl.tensor, FORMAT: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
+def advance(k: tl.tensor, BLOCK_K: tl.constexpr, FORMAT: tl.constexpr) -> tl.tensor:
+    """Return how far on the weights of the columns from `k + BLOCK_K` on are from those from `k` on.
+
+    For int4, BLOCK_K is 64: after the low halves of 64 bytes come the high halves of the same bytes.
+    """
+    if FORMAT == "int4":
+        return k // 64 % 2 * 64
+    else:
+        return BLOCK_K
+
+
+@triton.jit
+def half_of(k: tl.tensor) -> tl.tensor:
+    """Return by how many bits an int4 byte is shifted for the value of column `k`."""
+    return k // 64 % 2 * 4
+
+
+@triton.jit
 def scale_places(
     matrix: tl.tensor, row: tl.tensor, rows: tl.tensor, inner: tl.tensor, FORMAT: tl.constexpr, GROUP: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
@@ -179,7 +197,7 @@ def decoded(
     scales: tl.tensor,
     zeros: tl.tensor,
     place: tl.tensor,
-    PLANE: tl.constexpr,
+    half: tl.tensor,
     AXIS: tl.constexpr,
     FORMAT: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -187,20 +205,35 @@ def decoded(
     """Return a tile of weights as values in DTYPE.
 
     `place` says where the scale of each row of the matrix lies for this tile's group; AXIS is the tile's other
-    dimension, the inner one. PLANE chooses the low or the high halves of int4 bytes.
+    dimension, the inner one. `half` is 0 or 4, for the low or the high halves of int4 bytes.
     """
     if FORMAT == "plain":
         return raw.to(DTYPE)
+    else:
+        return _scaled(raw, scales, zeros, place, half, AXIS, FORMAT).to(DTYPE)
+
+
+@triton.jit
+def _scaled(
+    raw: tl.tensor,
+    scales: tl.tensor,
+    zeros: tl.tensor,
+    place: tl.tensor,
+    half: tl.tensor,
+    AXIS: tl.constexpr,
+    FORMAT: tl.constexpr,
+) -> tl.tensor:
+    """Return a tile of quantised weights as float32 values; the arguments are those of `decoded`."""
     scale = tl.expand_dims(tl.load(scales + place).to(tl.float32), AXIS)
     if FORMAT == "int4":
         zero = tl.expand_dims(tl.load(zeros + place).to(tl.float32), AXIS)
-        value = ((raw >> (4 * PLANE)) & 15).to(tl.float32)
+        value = ((raw >> half) & 15).to(tl.float32)
         # The same bits as (value - zero) * scale: up to here every product and sum is exact.
-        return (value * scale - zero * scale).to(DTYPE)
+        return value * scale - zero * scale
     elif FORMAT == "fp8":
-        return (raw.to(tl.float8e4nv, bitcast=True).to(tl.float32) * scale).to(DTYPE)
+        return raw.to(tl.float8e4nv, bitcast=True).to(tl.float32) * scale
     else:
-        return (_fp8_to_float32(raw) * scale).to(DTYPE)
+        return _fp8_to_float32(raw) * scale
 
 
 @triton.jit
