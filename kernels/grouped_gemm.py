@@ -288,9 +288,7 @@ def _gate_up_kernel(
         scale_place, step = scale_places(matrix, row, intermediate, hidden, FORMAT, GROUP)
         s, z = in_slot(scales, slot, scale_stride), in_slot(zeros, slot, zero_stride)
 
-        y = _product(
-            a_at, w_at, s, z, scale_place, step, hidden, EVEN_K, FORMAT, GROUP, BLOCK_M, 2 * BLOCK_N, BLOCK_K
-        )
+        y = _product(a_at, w_at, s, z, scale_place, step, hidden, EVEN_K, FORMAT, GROUP, BLOCK_M, 2 * BLOCK_N, BLOCK_K)
         gate, up = tl.split(tl.reshape(y, (BLOCK_M, BLOCK_N, 2)))
         h = gate * tl.sigmoid(gate) * up
         column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -7,8 +7,8 @@ A matrix [outer, inner] has one of three forms. Its weights' dtype says which, a
 - int4: uint8 [outer, padded inner / 2], two values in a byte, and for each output and group of 64 or 128 inputs a scale
   (float16 or bfloat16) and a zero point (uint8).
 
-A value is `weight * scale`, or `(nibble - zero) * scale`, in float32. Kernels round it to the dtype of the activations
-before they multiply; so a quantised expert computes what a plain one of the same, rounded values does, in the same order.
+A value is `weight * scale`, or `(nibble - zero) * scale`, in float32. The grouped GEMM rounds it to the dtype of the
+activations before it multiplies: a quantised expert computes what a plain one of the rounded values does, bit for bit.
 
 Scales and zero points lie transposed, [groups of inner, groups of outer]: a tile's are adjacent. Where a row stacks
 matrices (gate over up), each is quantised by itself, and so all their tensors are stacked along dimension 0.

@@ -69,7 +69,8 @@ def problems(configuration: Configuration, capability: int) -> list[str]:
     if configuration.wide_loads:
         options = configuration.options
         wide = re.findall(r"cp\.async\.cg\.|ld\.global\S*\.v4\.b32", ptx)  # A copy by .cg has 16 bytes.
-        weights = options["BLOCK_N"] * options["BLOCK_K"] * 2 // 16
+        itemsize = 2 if options["FORMAT"] == "plain" else 1
+        weights = options["BLOCK_N"] * options["BLOCK_K"] * itemsize // 16
         if len(wide) < weights // (32 * options["num_warps"]) or "cp.async.ca" in ptx:
             found.append("does not load its weights 16 bytes at a time")
     return found
