@@ -1,6 +1,6 @@
 """What the kernel tests share: where and in which dtypes they run, how close is close, and random expert layers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 from duomoe.kernels.permute import group_by_expert_reference
+from duomoe.kernels.quantised import block_shape, pack_int4, scale_shape
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -42,6 +43,9 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     assert difference**0.5 <= limit, f"differs by {difference**0.5}, more than {limit}"
 
 
+Also = tuple[Tensor | None, Tensor | None]  # scales and zero points
+
+
 @dataclass
 class ExpertLayer:
     """One layer's experts in a slot pool, and a pass of tokens routed to them."""
@@ -52,6 +56,8 @@ class ExpertLayer:
     slots: Tensor
     experts: Tensor
     weights: Tensor
+    gate_up_also: Also = (None, None)
+    down_also: Also = (None, None)
 
     @property
     def pairs(self) -> int:
@@ -59,7 +65,7 @@ class ExpertLayer:
 
     @property
     def intermediate(self) -> int:
-        return self.w_down.shape[2]
+        return self.w_gate_up.shape[1] // 2
 
     def sorted_pairs(self) -> tuple[Tensor, Tensor]:
         return group_by_expert_reference(self.experts, len(self.slots))
@@ -77,9 +83,13 @@ class ExpertLayer:
             place = torch.randperm(len(self.w_down), generator=generator(seed + wave + 1)).to(DEVICE)
             moved = place[self.slots.long()].to(torch.int32)
             slots = torch.where((self.slots >= 0) & (wave_of == wave), moved, -1)
-            w_gate_up, w_down = torch.empty_like(self.w_gate_up), torch.empty_like(self.w_down)
-            w_gate_up[place], w_down[place] = self.w_gate_up, self.w_down
-            found.append(ExpertLayer(self.x, w_gate_up, w_down, slots, self.experts, self.weights))
+            back = place.argsort()
+            w_gate_up, w_down = self.w_gate_up[back], self.w_down[back]
+            also = [
+                tuple(item if item is None else item[back] for item in pair)
+                for pair in (self.gate_up_also, self.down_also)
+            ]
+            found.append(ExpertLayer(self.x, w_gate_up, w_down, slots, self.experts, self.weights, *also))
         return found
 
 
@@ -120,6 +130,33 @@ def expert_layer(
     weights = torch.rand(tokens, top_k, generator=random)
     x = normal(seed + 3, tokens, hidden, dtype=dtype)
     return ExpertLayer(x, w_gate_up, w_down, slots.to(DEVICE), experts.to(DEVICE), weights.to(DEVICE))
+
+
+def quantised(layer: ExpertLayer, form: str, seed: int = 0) -> ExpertLayer:
+    """The same pass over random experts of another form: 'fp8', 'int4' or 'int4-64', with groups of 64."""
+    slots, hidden, intermediate = len(layer.w_down), layer.x.shape[1], layer.intermediate
+    gate_up = _quantised_pool(form, seed, slots, 2, intermediate, hidden)
+    down = _quantised_pool(form, seed + 9, slots, 1, hidden, intermediate)
+    return replace(layer, w_gate_up=gate_up[0], gate_up_also=gate_up[1:], w_down=down[0], down_also=down[1:])
+
+
+def _quantised_pool(form: str, seed: int, slots: int, matrices: int, outer: int, inner: int) -> tuple[Tensor, ...]:
+    """Weights, scales and zero points of stacked matrices; values are about as large as those of plain layers."""
+    rows = matrices * outer
+    if form == "fp8":
+        w = normal(seed, slots, rows, inner, dtype=torch.float8_e4m3fn)
+        groups, columns = block_shape(outer, inner)
+        return w, _scales(seed, slots, matrices * groups, columns, scale=inner**-0.5), None
+    group = 64 if form == "int4-64" else 128
+    nibbles = torch.randint(16, (slots * rows, inner), generator=generator(seed), dtype=torch.uint8)
+    groups, columns = scale_shape(outer, inner, group)
+    zeros = torch.randint(17, (slots, matrices * groups, columns), generator=generator(seed + 1), dtype=torch.uint8)
+    scales = _scales(seed, slots, matrices * groups, columns, scale=inner**-0.5 / 5).half()
+    return pack_int4(nibbles).view(slots, rows, -1).to(DEVICE), scales, zeros.to(DEVICE)
+
+
+def _scales(seed: int, *shape: int, scale: float) -> Tensor:
+    return (torch.rand(shape, generator=generator(seed)) + 0.5).mul_(scale).to(DEVICE)
 
 
 def moe_by_hand(layer: ExpertLayer) -> Tensor:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from kernel_cases import DEVICE, ExpertLayer, assert_close, each_dtype, expert_layer, few, moe_by_hand
+from kernel_cases import DEVICE, ExpertLayer, assert_close, each_dtype, expert_layer, few, moe_by_hand, quantised
 from torch import Tensor
 
 from duomoe.kernels.combine import combine_reference
@@ -31,13 +31,13 @@ def poisoned(layer: ExpertLayer, splits: int, down_splits: int) -> tuple[Tensor,
 
 
 def run_triton(layer: ExpertLayer, gate_up: Tensor, out: Tensor) -> None:
-    experts_gate_up_gemv_triton(layer.x, layer.w_gate_up, layer.slots, layer.experts, gate_up)
-    experts_down_gemv_triton(gate_up, layer.w_down, layer.slots, layer.experts, layer.weights, out)
+    experts_gate_up_gemv_triton(layer.x, layer.w_gate_up, layer.slots, layer.experts, gate_up, *layer.gate_up_also)
+    experts_down_gemv_triton(gate_up, layer.w_down, layer.slots, layer.experts, layer.weights, out, *layer.down_also)
 
 
 def run_reference(layer: ExpertLayer, gate_up: Tensor, out: Tensor) -> None:
-    experts_gate_up_gemv_reference(layer.x, layer.w_gate_up, layer.slots, layer.experts, gate_up)
-    experts_down_gemv_reference(gate_up, layer.w_down, layer.slots, layer.experts, layer.weights, out)
+    experts_gate_up_gemv_reference(layer.x, layer.w_gate_up, layer.slots, layer.experts, gate_up, *layer.gate_up_also)
+    experts_down_gemv_reference(gate_up, layer.w_down, layer.slots, layer.experts, layer.weights, out, *layer.down_also)
 
 
 def assert_computed(layer: ExpertLayer, splits: int, down_splits: int) -> None:
@@ -83,6 +83,26 @@ def test_waves_change_no_bit(dtype: torch.dtype, shape: tuple[int, int, int, int
     whole, in_waves = poisoned(layer, 2, 2), poisoned(layer, 2, 2)
     run_triton(layer, *whole)
     for wave in layer.waves(waves, seed):
+        run_triton(wave, *in_waves)
+    assert torch.equal(in_waves[0], whole[0])
+    assert torch.equal(in_waves[1], whole[1])
+
+
+@each_dtype
+@pytest.mark.parametrize("form", ["fp8", "int4", "int4-64"])
+@pytest.mark.parametrize(("shape", "splits"), [((330, 20), (2, 1)), ((72, 300), (1, 2))])
+def test_quantised_weights_match_the_references(
+    dtype: torch.dtype, shape: tuple[int, int], splits: tuple[int, int], form: str
+) -> None:
+    assert_computed(quantised(expert_layer(0, dtype, *shape, 3, 2, 1, absent=0.3), form), *splits)
+
+
+@pytest.mark.parametrize("form", ["fp8", "int4"])
+def test_waves_change_no_bit_of_quantised_weights(form: str) -> None:
+    layer = quantised(expert_layer(1, torch.float16, 40, 24, 4, 2, 1), form)
+    whole, in_waves = poisoned(layer, 1, 1), poisoned(layer, 1, 1)
+    run_triton(layer, *whole)
+    for wave in layer.waves(2, 1):
         run_triton(wave, *in_waves)
     assert torch.equal(in_waves[0], whole[0])
     assert torch.equal(in_waves[1], whole[1])
@@ -136,3 +156,12 @@ def test_real_layers_in_bfloat16(shape: tuple[int, int, int, int], tokens: int) 
     layer = expert_layer(0, torch.bfloat16, *shape, tokens, absent=0.25)
     pairs = tokens * top_k
     assert_computed(layer, gemv_splits(hidden, 2 * intermediate, pairs), gemv_splits(intermediate, hidden, pairs))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["fp8", "int4", "int4-64"])
+@pytest.mark.parametrize("shape", [(4096, 14336, 8, 2), (2048, 768, 128, 8)], ids=["mixtral", "qwen3"])
+def test_real_quantised_layers_in_bfloat16(shape: tuple[int, int, int, int], form: str) -> None:
+    hidden, intermediate, _, top_k = shape
+    layer = quantised(expert_layer(0, torch.bfloat16, *shape, 1, absent=0.25), form)
+    assert_computed(layer, gemv_splits(hidden, 2 * intermediate, top_k), gemv_splits(intermediate, hidden, top_k))

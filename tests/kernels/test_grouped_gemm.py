@@ -1,8 +1,8 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from kernel_cases import DEVICE, ExpertLayer, assert_close, each_dtype, expert_layer, few, moe_by_hand
+from kernel_cases import DEVICE, ExpertLayer, assert_close, each_dtype, expert_layer, few, moe_by_hand, quantised
 from torch import Tensor
 
 from duomoe.kernels.grouped_gemm import (
@@ -32,14 +32,18 @@ def poisoned(layer: ExpertLayer) -> tuple[Tensor, Tensor]:
 
 def run_triton(layer: ExpertLayer, h: Tensor, out: Tensor) -> None:
     order, offsets = layer.sorted_pairs()
-    experts_gate_up_triton(layer.x, layer.w_gate_up, layer.slots, order, offsets, layer.experts.shape[1], h)
-    experts_down_triton(h, layer.w_down, layer.slots, order, offsets, layer.weights, out)
+    experts_gate_up_triton(
+        layer.x, layer.w_gate_up, layer.slots, order, offsets, layer.experts.shape[1], h, *layer.gate_up_also
+    )
+    experts_down_triton(h, layer.w_down, layer.slots, order, offsets, layer.weights, out, *layer.down_also)
 
 
 def run_reference(layer: ExpertLayer, h: Tensor, out: Tensor) -> None:
     order, offsets = layer.sorted_pairs()
-    experts_gate_up_reference(layer.x, layer.w_gate_up, layer.slots, order, offsets, layer.experts.shape[1], h)
-    experts_down_reference(h, layer.w_down, layer.slots, order, offsets, layer.weights, out)
+    experts_gate_up_reference(
+        layer.x, layer.w_gate_up, layer.slots, order, offsets, layer.experts.shape[1], h, *layer.gate_up_also
+    )
+    experts_down_reference(h, layer.w_down, layer.slots, order, offsets, layer.weights, out, *layer.down_also)
 
 
 def assert_computed(layer: ExpertLayer, h: Tensor, out: Tensor) -> None:
@@ -90,6 +94,30 @@ def test_waves_change_no_bit(
 
 
 @each_dtype
+@settings(few, max_examples=4)
+@given(
+    shape=st.sampled_from([(224, 24, 6, 2), (96, 144, 5, 2), (192, 64, 4, 1)]),
+    tokens=st.sampled_from([1, 17]),
+    form=st.sampled_from(["fp8", "int4", "int4-64"]),
+    seed=st.integers(0, 99),
+)
+@example(shape=(136, 272, 2, 1), tokens=3, form="fp8", seed=0)
+@example(shape=(136, 272, 2, 1), tokens=3, form="int4-64", seed=0)
+def test_quantised_weights_match_the_references_in_any_waves(
+    dtype: torch.dtype, shape: tuple[int, int, int, int], tokens: int, form: str, seed: int
+) -> None:
+    layer = quantised(expert_layer(seed, dtype, *shape, tokens, absent=0.3), form, seed)
+    h, out = poisoned(layer)
+    run_triton(layer, h, out)
+    assert_computed(layer, h, out)
+    h_of_waves, out_of_waves = poisoned(layer)
+    for wave in layer.waves(2, seed):
+        run_triton(wave, h_of_waves, out_of_waves)
+    assert torch.equal(h_of_waves.nan_to_num(), h.nan_to_num())
+    assert torch.equal(out_of_waves.nan_to_num(), out.nan_to_num())
+
+
+@each_dtype
 def test_all_tokens_may_choose_one_expert(dtype: torch.dtype) -> None:
     layer = expert_layer(0, dtype, 64, 32, 8, 1, 150)
     layer.experts.fill_(3)
@@ -128,6 +156,17 @@ def test_real_layers_in_bfloat16(shape: tuple[int, int, int, int], tokens: int) 
         run_triton(wave, h_of_waves, out_of_waves)
     resident = layer.resident()
     assert torch.equal(out_of_waves[resident], out[resident])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["fp8", "int4", "int4-64"])
+@pytest.mark.parametrize("tokens", [1, 100, 2000])
+@pytest.mark.parametrize("shape", [(4096, 14336, 8, 2), (2048, 768, 128, 8)], ids=["mixtral", "qwen3"])
+def test_real_quantised_layers_in_bfloat16(shape: tuple[int, int, int, int], tokens: int, form: str) -> None:
+    layer = quantised(expert_layer(0, torch.bfloat16, *shape, tokens, absent=0.25), form)
+    h, out = poisoned(layer)
+    run_triton(layer, h, out)
+    assert_computed(layer, h, out)
 
 
 @pytest.mark.gpu
