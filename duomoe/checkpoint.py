@@ -27,6 +27,9 @@ from duomoe.errors import InputError
 # The floating-point types that are read, by their name in a safetensors header.
 STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
+# What quantised checkpoints store besides.
+QUANTISED_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "I32": torch.int32}
+
 # Tensors are read in pieces of this many bytes, so that a bounce buffer stays small whatever the tensor.
 PIECE_BYTES = 8 << 20
 
@@ -117,6 +120,18 @@ class Checkpoint:
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor as it is stored, on the host.
+
+        Raises:
+            InputError: when reading fails.
+        """
+        stored = self.tensors[name]
+        found = torch.empty(stored.shape, dtype=(STORED_DTYPES | QUANTISED_DTYPES)[stored.dtype])
+        with stored.path.open("rb", buffering=0) as file:
+            _fill(file.fileno(), found, stored.begin, stored.path)
+        return found
 
     def fingerprint(self, names: Iterable[str]) -> str:
         """Return a hash of some tensors as they are stored.
@@ -213,7 +228,7 @@ def _stored(path: Path, start: int, entry: dict[str, Any]) -> StoredTensor:
     if any(type(number) is not int or number < 0 for number in (begin, end, *shape)) or end < begin:
         raise ValueError(f"offsets {begin} to {end} of shape {list(shape)}")
     tensor = StoredTensor(path, str(entry["dtype"]), shape, start + begin, end - begin)
-    item = STORED_DTYPES.get(tensor.dtype)
+    item = (STORED_DTYPES | QUANTISED_DTYPES).get(tensor.dtype)
     if item is not None and tensor.size != math.prod(shape) * item.itemsize:
         raise ValueError(f"{tensor.size} bytes do not hold shape {list(shape)} of {tensor.dtype}")
     return tensor

@@ -94,6 +94,8 @@ class LLM:
         checkpoint = Checkpoint(EMBEDDED_MODEL if path is None else path)
         architecture = architecture_of(checkpoint.config)
         self.config = architecture.parse(checkpoint.config)
+        if self.config.quantization is not None:
+            raise InputError(f"this checkpoint is quantised ({self.config.quantization.method}): not supported yet")
         if "lm_head.weight" in checkpoint.tensors:
             # What is stored counts, also where the config says that the head is the embedding.
             self.config = replace(self.config, tie_word_embeddings=False)

@@ -378,7 +378,7 @@ def _options(
     }
 
 
-def _programs(pairs: int, num_experts: int, outer: int, options: dict[str, int | bool], device: torch.device) -> int:
+def _programs(pairs: int, num_experts: int, outer: int, options: Form, device: torch.device) -> int:
     """Return how many programs share the tiles: as many as run at once, but no more than there can be tiles."""
     tiles_m = min(pairs, triton.cdiv(pairs, options["BLOCK_M"]) + num_experts)
     large = options["BLOCK_M"] == 128 or options["num_warps"] == 8

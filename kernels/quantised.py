@@ -18,6 +18,8 @@ halves and one from all high ones, without an exchange between threads: byte j o
 its low half and value 64 + j in its high half. The inner dimension is padded to whole chunks.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -30,8 +32,8 @@ INT4_PLANE = 64
 INT4_CHUNK = 2 * INT4_PLANE
 INT4_GROUPS = (64, 128)
 
-# A kernel's arguments in capitals.
-Form = dict[str, str | int | bool]
+# What a launcher passes by name: the `constexpr` arguments in capitals, `num_warps` and `num_stages`.
+Form = dict[str, Any]
 
 
 def scale_shape(outer: int, inner: int, group: int) -> tuple[int, int]:
@@ -61,7 +63,7 @@ def pack_int4(values: Tensor) -> Tensor:
 def unpack_int4(packed: Tensor, inner: int) -> Tensor:
     """Undo `pack_int4`."""
     bytes_ = packed.reshape(len(packed), -1, INT4_PLANE)
-    return torch.stack([bytes_ & 15, bytes_ >> 4], 2).flatten(1)[:, :inner]
+    return torch.stack((bytes_ & 15, bytes_ >> 4), 2).flatten(1)[:, :inner]
 
 
 def dequantise(w: Tensor, scales: Tensor | None, zeros: Tensor | None, inner: int, matrices: int = 1) -> Tensor:
@@ -88,7 +90,7 @@ def dequantise(w: Tensor, scales: Tensor | None, zeros: Tensor | None, inner: in
 
 def _transposed(scales: Tensor, matrices: int) -> Tensor:
     """Return stacked scales [matrices * inner groups, outer groups] as [matrices, outer groups, inner groups]."""
-    return scales.unflatten(0, (matrices, -1)).transpose(1, 2)
+    return scales.reshape(matrices, -1, scales.shape[1]).transpose(1, 2)
 
 
 def int4_group(w: Tensor, scales: Tensor, matrices: int) -> int:

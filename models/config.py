@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from duomoe.errors import InputError
+from duomoe.kernels.quantised import FP8_BLOCK, INT4_GROUPS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -36,6 +37,15 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class Quantization:
+    """How a checkpoint's linear layers are quantised; those that it stores as they are have a plain weight."""
+
+    method: str  # 'fp8', 'awq' or 'gptq'
+    group_size: int  # inputs that share a scale (fp8: and as many outputs)
+    zero_offset: int = 0  # what is to be added to a stored zero point; GPTQ's first version stores one less
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The shape of a model. Sizes are in elements; tuples have one entry per layer."""
 
@@ -62,6 +72,7 @@ class ModelConfig:
     rope: RopeConfig
     dtype: torch.dtype  # of the checkpoint
     eos_token_ids: tuple[int, ...]
+    quantization: Quantization | None  # of the checkpoint
 
     @property
     def q_size(self) -> int:
@@ -139,12 +150,6 @@ def parse_config(
         InputError: when a value is missing, malformed, or not supported.
     """
     read = ConfigReader(raw)
-    if raw.get("quantization_config") is not None:
-        quantization = raw["quantization_config"]
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-        raise InputError(
-            f"this checkpoint is quantised ({method}); only bfloat16, float16 and float32 weights are read"
-        )
     if raw.get("hidden_act", "silu") != "silu":
         raise InputError(f"config.json: hidden_act {raw['hidden_act']!r} is not supported; only 'silu' is")
 
@@ -186,7 +191,45 @@ def parse_config(
         rope=rope,
         dtype=_parse_dtype(raw),
         eos_token_ids=token_ids(raw.get("eos_token_id"), "config.json"),
+        quantization=parse_quantization(raw.get("quantization_config")),
     )
+
+
+def parse_quantization(raw: Any) -> Quantization | None:
+    """Read a config.json's `quantization_config`; None where there is none.
+
+    Raises:
+        InputError: when it is malformed, or says something that is not supported.
+    """
+    if raw is None:
+        return None
+    where = "config.json: quantization_config"
+    if not isinstance(raw, Mapping):
+        raise InputError(f"{where}: the checkpoint is quantised, but how must be an object, found {_short(raw)}")
+    method = raw.get("quant_method")
+
+    def require(key: str, value: object, *allowed: object) -> None:
+        if value not in allowed:
+            known = ", ".join(map(str, allowed))
+            raise InputError(f"{where}: {key} {_short(value)} is not supported for {method}; supported: {known}")
+
+    if method == "fp8":
+        require("fmt", raw.get("fmt", "e4m3"), "e4m3")
+        require("weight_block_size", raw.get("weight_block_size"), [FP8_BLOCK, FP8_BLOCK])
+        return Quantization("fp8", FP8_BLOCK)
+    if method not in ("awq", "gptq"):
+        raise InputError(f"{where}: this checkpoint is quantised by {_short(method)}; supported: fp8, awq, gptq")
+    group = raw.get("group_size", raw.get("q_group_size"))
+    require("bits", raw.get("bits", raw.get("w_bit")), 4)
+    require("group_size", group, *INT4_GROUPS)
+    if method == "awq":
+        require("version", str(raw.get("version", "gemm")).lower(), "gemm")
+        require("zero_point", raw.get("zero_point", True), True)
+        return Quantization("awq", int(group))
+    if not raw.get("static_groups"):
+        require("desc_act", raw.get("desc_act", False), False)
+    require("checkpoint_format", raw.get("checkpoint_format", "gptq"), "gptq", "gptq_v2")
+    return Quantization("gptq", int(group), zero_offset=0 if raw.get("checkpoint_format") == "gptq_v2" else 1)
 
 
 def count_layers(raw: Mapping[str, Any]) -> int:

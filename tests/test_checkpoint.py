@@ -106,6 +106,11 @@ def test_config_that_is_no_json(folder: Path) -> None:
     fails(folder, "config.json", "JSON")
 
 
+FP8 = dict(quant_method="fp8", weight_block_size=[128, 128])
+AWQ = dict(quant_method="awq", bits=4, group_size=128, version="gemm", zero_point=True)
+GPTQ = dict(quant_method="gptq", bits=4, group_size=128, desc_act=False)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -119,8 +124,17 @@ def test_config_that_is_no_json(folder: Path) -> None:
         (dict(hidden_act="gelu"), ["gelu", "silu"]),
         (dict(dtype="float8"), ["float8", "bfloat16"]),
         (dict(rope_parameters=dict(rope_type="longrope", factor=2.0)), ["longrope", "yarn"]),
-        (dict(quantization_config=dict(quant_method="awq")), ["awq", "quantised"]),
-        (dict(quantization_config="awq"), ["quantised"]),
+        (dict(quantization_config="awq"), ["quantised", "'awq'"]),
+        (dict(quantization_config=dict(quant_method="exl2")), ["quantised", "exl2", "fp8, awq, gptq"]),
+        (dict(quantization_config=dict(quant_method="fp8")), ["weight_block_size", "[128, 128]"]),
+        (dict(quantization_config=FP8 | dict(weight_block_size=[64, 64])), ["weight_block_size", "[64, 64]"]),
+        (dict(quantization_config=FP8 | dict(fmt="e5m2")), ["fmt", "e5m2", "e4m3"]),
+        (dict(quantization_config=AWQ | dict(bits=8)), ["bits 8", "awq", "supported: 4"]),
+        (dict(quantization_config=AWQ | dict(group_size=32)), ["group_size 32", "64, 128"]),
+        (dict(quantization_config=AWQ | dict(version="gemv")), ["version", "gemv"]),
+        (dict(quantization_config=AWQ | dict(zero_point=False)), ["zero_point"]),
+        (dict(quantization_config=GPTQ | dict(desc_act=True)), ["desc_act", "gptq"]),
+        (dict(quantization_config=GPTQ | dict(checkpoint_format="marlin")), ["checkpoint_format", "marlin"]),
         (dict(eos_token_id="end"), ["eos_token_id"]),
         (dict(num_hidden_layers=5), ["no tensor", "model.layers.3"]),
         (dict(intermediate_size=57), ["experts.0.w1.weight", "[56, 48]", "[57, 48]"]),

@@ -51,16 +51,19 @@ class ExpertSum:
         """Compute the pairs whose experts are resident.
 
         Args:
-            weights: the slot pool's tensors (SlotPool.views).
+            weights: the slot pool's tensors (SlotPool.views), of any format; kernels take the variant for it.
             slots: [experts] int32, the slot of each expert of this wave, -1 for all others.
         """
         gate_up, down, experts = weights["gate_up"], weights["down"], self.routing.experts
+        of_gate_up = weights.get("gate_up_scales"), weights.get("gate_up_zeros")
+        of_down = weights.get("down_scales"), weights.get("down_zeros")
         if self.few_tokens:
-            experts_gate_up_gemv(self.h, gate_up, slots, experts, self.gate_up)
-            experts_down_gemv(self.gate_up, down, slots, experts, self.routing.weights, self.parts)
+            experts_gate_up_gemv(self.h, gate_up, slots, experts, self.gate_up, *of_gate_up)
+            experts_down_gemv(self.gate_up, down, slots, experts, self.routing.weights, self.parts, *of_down)
         else:
-            experts_gate_up(self.h, gate_up, slots, self.order, self.offsets, experts.shape[1], self.gated)
-            experts_down(self.gated, down, slots, self.order, self.offsets, self.routing.weights, self.parts[0])
+            order, offsets, top_k = self.order, self.offsets, experts.shape[1]
+            experts_gate_up(self.h, gate_up, slots, order, offsets, top_k, self.gated, *of_gate_up)
+            experts_down(self.gated, down, slots, order, offsets, self.routing.weights, self.parts[0], *of_down)
 
     def total(self) -> Tensor:
         """Return the sum, [tokens, hidden], once every expert has had its wave."""

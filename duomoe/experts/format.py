@@ -1,14 +1,37 @@
-"""What an expert looks like as bytes: one contiguous row, each of its tensors at a fixed, aligned offset."""
+"""What an expert looks like as bytes: one contiguous row, each of its tensors at a fixed, aligned offset.
+
+A format is the tensors of a row and the function that makes them of a matrix. There are three, told apart by kernels
+through the dtype of the weights (kernels/quantised.py):
+
+| format | of an expert | in a row besides the weights |
+|---|---|---|
+| plain | the compute dtype | |
+| fp8 | float8_e4m3fn | `_scales` of blocks of 128 by 128 |
+| int4 | two values in a byte | `_scales` and `_zeros` of groups of 64 or 128 inputs |
+
+A row has `gate_up`, the gate matrix over the up matrix, and `down`, and the other tensors for each. Out of a
+checkpoint, `StoredMatrices.read` (stored.py) gives a matrix in whatever form it is stored; `ExpertFormat.write`
+converts it where it is not in the row's form already, and puts its tensors in their places. `fill_layer` does so for
+all experts of a layer, several at a time, with one matrix per thread in flight.
+"""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from duomoe.experts.matrix import Matrix, to_fp8, to_int4, to_plain
+from duomoe.kernels.quantised import block_shape, packed_width, scale_shape
+
 # Every tensor of a row begins at a multiple of this many bytes, and so does every row.
 ALIGNMENT = 256
+
+# How a matrix's tensors are called, behind its own name, in the order of `row_tensors`.
+SUFFIXES = ("", "_scales", "_zeros")
+
+Stored = tuple[tuple[int, ...], torch.dtype]
 
 
 @dataclass(frozen=True)
@@ -31,6 +54,7 @@ class ExpertFormat:
 
     tensors: Mapping[str, RowTensor]
     row_bytes: int
+    convert: Callable[[Matrix], Matrix]  # to the form whose `row_tensors` a row holds
 
     def views(self, rows: Tensor) -> dict[str, Tensor]:
         """Return each tensor of `rows` (uint8 [n, row_bytes]) as a strided view [n, *shape] of the same memory."""
@@ -40,15 +64,67 @@ class ExpertFormat:
             for name, item in self.tensors.items()
         }
 
+    def write(self, matrix: Matrix, views: Mapping[str, Tensor], name: str, index: int, count: int) -> Matrix:
+        """Put a matrix into its place in an expert's row, and return it as it is there.
+
+        Args:
+            matrix: in any form.
+            views: the row's tensors.
+            name: of the tensor that holds the matrix, 'gate_up' or 'down'.
+            index: which of the matrices stacked there it is.
+            count: how many there are.
+
+        Raises:
+            InputError: when the matrix has values that the format cannot hold.
+        """
+        converted = self.convert(matrix)
+        for suffix, tensor in zip(SUFFIXES, converted.row_tensors(), strict=False):
+            views[name + suffix].chunk(count)[index].copy_(tensor)
+        return converted
+
 
 def plain_format(hidden_size: int, intermediate_size: int, dtype: torch.dtype) -> ExpertFormat:
     """Return unquantised experts' format: gate over up [2 * intermediate, hidden], down [hidden, intermediate]."""
-    shapes = {"gate_up": (2 * intermediate_size, hidden_size), "down": (hidden_size, intermediate_size)}
+
+    def stored(outer: int, inner: int) -> list[Stored]:
+        return [((outer, inner), dtype)]
+
+    return _format(hidden_size, intermediate_size, stored, lambda matrix: to_plain(matrix, dtype))
+
+
+def fp8_format(hidden_size: int, intermediate_size: int) -> ExpertFormat:
+    """Return the format of experts in float8_e4m3fn, with float32 scales of blocks of 128 by 128."""
+
+    def stored(outer: int, inner: int) -> list[Stored]:
+        return [((outer, inner), torch.float8_e4m3fn), (block_shape(outer, inner), torch.float32)]
+
+    return _format(hidden_size, intermediate_size, stored, to_fp8)
+
+
+def int4_format(hidden_size: int, intermediate_size: int, group: int, scale_dtype: torch.dtype) -> ExpertFormat:
+    """Return the format of experts in 4 bits, with a scale and a zero point for each output and `group` inputs."""
+
+    def stored(outer: int, inner: int) -> list[Stored]:
+        groups = scale_shape(outer, inner, group)
+        return [((outer, packed_width(inner)), torch.uint8), (groups, scale_dtype), (groups, torch.uint8)]
+
+    return _format(hidden_size, intermediate_size, stored, lambda matrix: to_int4(matrix, group, scale_dtype))
+
+
+def _format(
+    hidden_size: int,
+    intermediate_size: int,
+    stored: Callable[[int, int], list[Stored]],
+    convert: Callable[[Matrix], Matrix],
+) -> ExpertFormat:
+    """Lay out a row: `stored` says in what tensors a matrix [outer, inner] is kept."""
     tensors, offset = {}, 0
-    for name, shape in shapes.items():
-        tensors[name] = RowTensor(shape, dtype, offset)
-        offset = aligned(offset + tensors[name].size)
-    return ExpertFormat(tensors, offset)
+    matrices = {"gate_up": (2, intermediate_size, hidden_size), "down": (1, hidden_size, intermediate_size)}
+    for name, (count, outer, inner) in matrices.items():
+        for suffix, ((length, *rest), dtype) in zip(SUFFIXES, stored(outer, inner), strict=False):
+            tensors[name + suffix] = RowTensor((count * length, *rest), dtype, offset)
+            offset = aligned(offset + tensors[name + suffix].size)
+    return ExpertFormat(tensors, offset, convert)
 
 
 def aligned(size: int) -> int:

@@ -1,0 +1,138 @@
+"""A matrix of an expert on its way from a checkpoint into a row: plain, fp8 in blocks, or int4 in groups.
+
+Whatever a checkpoint stores becomes one of these three, whatever a row holds comes from one, and all know their values
+in float32. A conversion that has no short cut goes through the values.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from duomoe.errors import InputError
+from duomoe.kernels.quantised import FP8_BLOCK, dequantise, pack_int4, scale_shape
+
+FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
+
+
+@dataclass(frozen=True)
+class PlainMatrix:
+    """Values as they are: [outer, inner] of any float type."""
+
+    weight: Tensor
+
+    def values(self) -> Tensor:
+        """Return float32 [outer, inner]."""
+        return self.weight.float()
+
+    def row_tensors(self) -> tuple[Tensor, ...]:
+        """Return the tensors of a row that hold this matrix: its weights."""
+        return (self.weight,)
+
+
+@dataclass(frozen=True)
+class Fp8Matrix:
+    """Values of float8_e4m3fn with a scale for each block of 128 by 128.
+
+    Attributes:
+        weight: float8_e4m3fn [outer, inner].
+        scales: float32 [outer blocks, inner blocks].
+    """
+
+    weight: Tensor
+    scales: Tensor
+
+    def values(self) -> Tensor:
+        """Return float32 [outer, inner]: weight times scale."""
+        return dequantise(self.weight, self.scales.T, None, self.weight.shape[1])
+
+    def row_tensors(self) -> tuple[Tensor, ...]:
+        """Return the tensors of a row that hold this matrix: weights and scales (kernels/quantised.py)."""
+        return self.weight, self.scales.T
+
+
+@dataclass(frozen=True)
+class Int4Matrix:
+    """Values of 4 bits with a scale and a zero point for each output and group of inputs.
+
+    Attributes:
+        nibbles: uint8 [outer, inner], from 0 to 15.
+        scales: float16 or bfloat16 [outer, groups].
+        zeros: uint8 [outer, groups], from 0 to 16.
+        group: inputs in a group, the last of which may be shorter.
+    """
+
+    nibbles: Tensor
+    scales: Tensor
+    zeros: Tensor
+    group: int
+
+    def values(self) -> Tensor:
+        """Return float32 [outer, inner]: (nibble - zero) times scale."""
+        inner = self.nibbles.shape[1]
+        scales, zeros = (t.float().repeat_interleave(self.group, 1)[:, :inner] for t in (self.scales, self.zeros))
+        return (self.nibbles.float() - zeros) * scales
+
+    def row_tensors(self) -> tuple[Tensor, ...]:
+        """Return the tensors of a row that hold this matrix: weights, scales and zero points (kernels/quantised.py)."""
+        outer, inner = self.nibbles.shape
+        groups, _ = scale_shape(outer, inner, self.group)
+        padding = (0, 0, 0, groups - self.scales.shape[1])
+        return pack_int4(self.nibbles), F.pad(self.scales.T, padding), F.pad(self.zeros.T, padding)
+
+
+Matrix = PlainMatrix | Fp8Matrix | Int4Matrix
+
+
+def to_plain(matrix: Matrix, dtype: torch.dtype) -> PlainMatrix:
+    """Return a matrix's values in a dtype."""
+    return PlainMatrix((matrix.weight if isinstance(matrix, PlainMatrix) else matrix.values()).to(dtype))
+
+
+def to_fp8(matrix: Matrix) -> Fp8Matrix:
+    """Return a matrix quantised in blocks: the largest magnitude of a block becomes the largest of fp8.
+
+    Raises:
+        InputError: when a value is not finite.
+    """
+    if isinstance(matrix, Fp8Matrix):
+        return matrix
+    values = matrix.values()
+    outer, inner = values.shape
+    tall, wide = -(-outer // FP8_BLOCK), -(-inner // FP8_BLOCK)
+    blocks = F.pad(values, (0, wide * FP8_BLOCK - inner, 0, tall * FP8_BLOCK - outer))
+    blocks = blocks.view(tall, FP8_BLOCK, wide, FP8_BLOCK)
+    scales = _finite(blocks.abs().amax((1, 3)) / FP8_MAX)
+    scales[scales == 0] = 1.0
+    scaled = (blocks / scales[:, None, :, None]).clamp_(-FP8_MAX, FP8_MAX)
+    weight = scaled.view(tall * FP8_BLOCK, -1)[:outer, :inner].to(torch.float8_e4m3fn)
+    return Fp8Matrix(weight.contiguous(), scales)
+
+
+def to_int4(matrix: Matrix, group: int, scale_dtype: torch.dtype) -> Int4Matrix:
+    """Return a matrix quantised in groups: the range of a group, zero included, becomes 0 to 15.
+
+    Raises:
+        InputError: when a value is not finite, or too large for the scales' dtype.
+    """
+    if isinstance(matrix, Int4Matrix) and matrix.group == group and matrix.scales.dtype == scale_dtype:
+        return matrix
+    values = matrix.values()
+    outer, inner = values.shape
+    groups = -(-inner // group)
+    grouped = F.pad(values, (0, groups * group - inner)).view(outer, groups, group)
+    low, high = grouped.amin(2).clamp_(max=0.0), grouped.amax(2).clamp_(min=0.0)
+    scales = _finite(((high - low) / 15).to(scale_dtype))
+    scales[scales == 0] = 1.0
+    zeros = (-low / scales.float()).round_().clamp_(0, 15)
+    nibbles = (grouped / scales.float()[:, :, None]).round_().add_(zeros[:, :, None]).clamp_(0, 15)
+    nibbles = nibbles.to(torch.uint8).view(outer, -1)[:, :inner]
+    return Int4Matrix(nibbles, scales, zeros.to(torch.uint8), group)
+
+
+def _finite(scales: Tensor) -> Tensor:
+    """Return scales, having checked that they are finite."""
+    if not bool(scales.isfinite().all()):
+        raise InputError("holds NaN, infinity or too large values, and cannot be quantised")
+    return scales

@@ -1,0 +1,192 @@
+"""Matrices as checkpoints store them: plain, fp8 in blocks, AWQ or GPTQ; and a layer's experts filled from them.
+
+A matrix that a family's sources call `X.weight` is, by method,
+
+- fp8 (DeepSeek's layout): `X.weight` F8_E4M3 [out, in] and `X.weight_scale_inv` [out blocks, in blocks];
+- awq (AutoAWQ's GEMM layout): `X.qweight` I32 [in, out / 8], `X.qzeros` I32 [groups, out / 8] and `X.scales`
+  [groups, out]; an integer holds outputs 0, 2, 4, 6, 1, 3, 5, 7 of eight, from its lowest four bits up;
+- gptq (AutoGPTQ's layout): `X.qweight` I32 [in / 8, out], eight inputs in an integer, `X.qzeros` and `X.scales` as
+  before, but eight outputs in order, and `X.g_idx`, each input's group. Zero points are stored less one, unless the
+  checkpoint's format is gptq_v2.
+
+Layers that a checkpoint does not quantise have a plain `X.weight`: what is there decides, not the config's list.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from duomoe.checkpoint import READERS, STORED_DTYPES, Checkpoint
+from duomoe.errors import InputError
+from duomoe.experts.format import ExpertFormat
+from duomoe.experts.matrix import Fp8Matrix, Int4Matrix, Matrix, PlainMatrix
+from duomoe.kernels.quantised import FP8_BLOCK
+from duomoe.models.config import Quantization
+from duomoe.models.weights import Sources
+
+# Which of eight outputs each four bits of an AWQ integer hold, and each four bits of a GPTQ one.
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+GPTQ_ORDER = (0, 1, 2, 3, 4, 5, 6, 7)
+
+Expected = tuple[tuple[int, ...], tuple[str, ...]]  # a stored tensor's shape, and the dtypes that are read
+
+
+@dataclass
+class QuantisationError:
+    """How far quantised values are from those they were made of, summed over matrices; nothing where none were."""
+
+    squared_error: float = 0.0
+    squared_norm: float = 0.0
+
+    def add(self, matrix: Matrix, converted: Matrix) -> None:
+        """Count a matrix that was plain and is quantised now."""
+        if isinstance(matrix, PlainMatrix) and not isinstance(converted, PlainMatrix):
+            values = matrix.values()
+            self.squared_error += float((converted.values() - values).square().sum(dtype=torch.float64))
+            self.squared_norm += float(values.square().sum(dtype=torch.float64))
+
+    @property
+    def relative(self) -> float:
+        """‖quantised − plain‖ / ‖plain‖."""
+        return (self.squared_error / self.squared_norm) ** 0.5 if self.squared_norm else 0.0
+
+
+class StoredMatrices:
+    """The linear layers of a checkpoint, whatever they are stored as.
+
+    Args:
+        checkpoint: where they are.
+        quantization: what config.json says of it.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, quantization: Quantization | None) -> None:
+        self.checkpoint = checkpoint
+        self.quantization = quantization
+
+    def tensors(self, name: str, shape: tuple[int, ...]) -> dict[str, Expected]:
+        """Return what a parameter `name` (X.weight) of a shape is stored as, in the order that `read` takes."""
+        floats = tuple(STORED_DTYPES)
+        prefix, found = name.removesuffix(".weight"), self.checkpoint.tensors
+        if self.quantization is None or len(shape) != 2:
+            return {name: (shape, floats)}
+        group, (outer, inner) = self.quantization.group_size, shape
+        if self.quantization.method == "fp8":
+            if name in found and found[name].dtype in floats:
+                return {name: (shape, floats)}
+            blocks = (-(-outer // FP8_BLOCK), -(-inner // FP8_BLOCK))
+            return {name: (shape, ("F8_E4M3",)), f"{prefix}.weight_scale_inv": (blocks, floats)}
+        if name in found:
+            return {name: (shape, floats)}
+        groups = -(-inner // group)
+        awq = self.quantization.method == "awq"
+        if outer % 8 or (inner % 8 and not awq):
+            raise InputError(
+                f"{self.checkpoint.path}: {prefix}.qweight cannot hold shape {list(shape)}, eight by eight"
+            )
+        weight = (inner, outer // 8) if awq else (inner // 8, outer)
+        tensors: dict[str, Expected] = {
+            f"{prefix}.qweight": (weight, ("I32",)),
+            f"{prefix}.qzeros": ((groups, outer // 8), ("I32",)),
+            f"{prefix}.scales": ((groups, outer), ("F16", "BF16")),
+        }
+        if f"{prefix}.g_idx" in found:
+            tensors[f"{prefix}.g_idx"] = ((inner,), ("I32",))
+        return tensors
+
+    def check(self, expected: Iterable[tuple[str, tuple[int, ...]]]) -> None:
+        """Check that every expected tensor is there, in the shapes and types of its method.
+
+        Raises:
+            InputError: at the first that is not.
+        """
+        for source, source_shape in expected:
+            for name, (shape, dtypes) in self.tensors(source, source_shape).items():
+                stored = self.checkpoint.tensors.get(name)
+                if stored is None:
+                    raise InputError(f"{self.checkpoint.path}: the checkpoint has no tensor {name}")
+                if stored.shape != shape:
+                    raise InputError(
+                        f"{stored.path}: {name} has shape {list(stored.shape)}, but config.json asks for {list(shape)}"
+                    )
+                if stored.dtype not in dtypes:
+                    supported = ", ".join(dtypes)
+                    raise InputError(f"{stored.path}: {name} is stored as {stored.dtype}; supported: {supported}")
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Matrix:
+        """Return a matrix that has been through `check`.
+
+        Raises:
+            InputError: when reading fails, its scales are not finite, or a GPTQ matrix has its inputs out of order.
+        """
+        parts = [self.checkpoint.read(each) for each in self.tensors(name, shape)]
+        if len(parts) == 1:
+            return PlainMatrix(parts[0])
+        assert self.quantization is not None
+        path, scales = self.checkpoint.path, parts[1 if len(parts) == 2 else 2]
+        if not bool(scales.float().isfinite().all()):
+            raise InputError(f"{path}: the scales of {name} are NaN or infinity")
+        if self.quantization.method == "fp8":
+            return Fp8Matrix(parts[0], scales.float())
+        group, inner = self.quantization.group_size, shape[1]
+        weight, zeros, *groups_of = parts[0], parts[1], *parts[3:]
+        if groups_of and not torch.equal(groups_of[0].long(), torch.arange(inner) // group):
+            raise InputError(f"{path}: {name} is quantised in another order (desc_act), which is not supported")
+        order = AWQ_ORDER if self.quantization.method == "awq" else GPTQ_ORDER
+        nibbles = _unpack(weight, order).T if order is AWQ_ORDER else _unpack(weight.T, order)
+        zero = _unpack(zeros, order).T + self.quantization.zero_offset
+        return Int4Matrix(nibbles, scales.T, zero, group)
+
+
+def _unpack(packed: Tensor, order: Sequence[int]) -> Tensor:
+    """Return the four-bit numbers in int32 [rows, columns] as uint8 [rows, 8 * columns]; `order` is that of eight."""
+    found = torch.empty(*packed.shape, 8, dtype=torch.uint8)
+    for position, place in enumerate(order):
+        found[..., place] = packed >> (4 * position) & 15
+    return found.flatten(1)
+
+
+def fill_layer(
+    stored: StoredMatrices,
+    expert_format: ExpertFormat,
+    experts: Sequence[Mapping[str, Sources]],
+    rows: Tensor,
+) -> QuantisationError:
+    """Fill the rows of one layer's experts from a checkpoint, several at a time.
+
+    Args:
+        stored: the checkpoint's matrices, which have been through `check`.
+        expert_format: of the rows.
+        experts: the sources of each expert's `gate_up` and `down` (Architecture.expert_sources).
+        rows: uint8 [experts, row_bytes], on any device.
+
+    Returns:
+        What plain matrices lost where the format quantises them.
+
+    Raises:
+        InputError: as `StoredMatrices.read`, and when a matrix has values that the format cannot hold.
+    """
+    views = expert_format.views(rows)
+
+    def fill(index: int) -> QuantisationError:
+        error = QuantisationError()
+        row = {name: view[index] for name, view in views.items()}
+        for name, sources in experts[index].items():
+            for place, (source, shape) in enumerate(sources):
+                matrix = stored.read(source, shape)
+                try:
+                    error.add(matrix, expert_format.write(matrix, row, name, place, len(sources)))
+                except InputError as problem:
+                    raise InputError(f"{stored.checkpoint.path}: {source} {problem}") from None
+        return error
+
+    with ThreadPoolExecutor(READERS, thread_name_prefix="duomoe-load") as pool:
+        futures = [pool.submit(fill, index) for index in range(len(experts))]
+        try:
+            errors = [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    return QuantisationError(sum(error.squared_error for error in errors), sum(error.squared_norm for error in errors))

@@ -1,0 +1,326 @@
+"""Formats of experts: from a checkpoint's tensors into rows, and what rows are worth."""
+
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+from duomoe import InputError
+from duomoe.checkpoint import Checkpoint
+from duomoe.experts.compute import ExpertSum
+from duomoe.experts.format import ALIGNMENT, ExpertFormat, fp8_format, int4_format, plain_format
+from duomoe.experts.matrix import PlainMatrix, to_fp8, to_int4
+from duomoe.experts.stored import StoredMatrices, fill_layer
+from duomoe.kernels.quantised import dequantise
+from duomoe.models.batch import Routing
+from duomoe.models.config import Quantization, parse_quantization
+
+FP8 = parse_quantization(dict(quant_method="fp8", weight_block_size=[128, 128]))
+AWQ = parse_quantization(dict(quant_method="awq", bits=4, group_size=64, version="gemm"))
+GPTQ = parse_quantization(dict(quant_method="gptq", bits=4, group_size=64))
+GPTQ_V2 = parse_quantization(dict(quant_method="gptq", bits=4, group_size=64, checkpoint_format="gptq_v2"))
+
+# hidden, intermediate; the second has parts of blocks, of chunks and of groups everywhere
+SHAPES = [(128, 64), (200, 72)]
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def packed(numbers: list[list[int]], order: tuple[int, ...]) -> Tensor:
+    """Rows of four-bit numbers as int32, eight in one; bits 4 i to 4 i + 3 have the number that `order[i]` says."""
+    rows = []
+    for row in numbers:
+        words = [sum(row[at + place] << 4 * i for i, place in enumerate(order)) for at in range(0, len(row), 8)]
+        rows.append([word - (1 << 32) if word >= 1 << 31 else word for word in words])
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+def awq(seed: int, outer: int, inner: int) -> tuple[dict[str, Tensor], Tensor]:
+    """A random matrix as AutoAWQ stores it, and its values."""
+    q, zero, scale = numbers(seed, outer, inner, 15)
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+    stored = {"qweight": packed(q.T.tolist(), order), "qzeros": packed(zero.T.tolist(), order)}
+    return stored | {"scales": scale.T.contiguous()}, by_hand(q, zero, scale)
+
+
+def gptq(seed: int, outer: int, inner: int, symmetric: bool = False, less: int = 1) -> tuple[dict[str, Tensor], Tensor]:
+    """A random matrix as AutoGPTQ stores it, and its values."""
+    q, zero, scale = numbers(seed, outer, inner, 15 + less)
+    zero = torch.full_like(zero, 8) if symmetric else zero.clamp(min=less)
+    order = (0, 1, 2, 3, 4, 5, 6, 7)
+    stored = {"qweight": packed(q.tolist(), order).T.contiguous(), "qzeros": packed((zero - less).T.tolist(), order)}
+    group_of = torch.tensor([k // 64 for k in range(inner)], dtype=torch.int32)
+    return stored | {"scales": scale.T.contiguous(), "g_idx": group_of}, by_hand(q, zero, scale)
+
+
+def numbers(seed: int, outer: int, inner: int, largest_zero: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Random numbers, zero points and scales of an int4 matrix with groups of 64 inputs."""
+    random, groups = generator(seed), -(-inner // 64)
+    q = torch.randint(16, (outer, inner), generator=random)
+    zero = torch.randint(largest_zero + 1, (outer, groups), generator=random)
+    return q, zero, (torch.rand(outer, groups, generator=random) * 0.02).half()
+
+
+def by_hand(q: Tensor, zero: Tensor, scale: Tensor) -> Tensor:
+    """(q - zero) * scale, number by number."""
+    rows = zip(q.tolist(), zero.tolist(), scale.tolist(), strict=True)
+    return torch.tensor([[(x - z[k // 64]) * s[k // 64] for k, x in enumerate(row)] for row, z, s in rows])
+
+
+def fp8(seed: int, outer: int, inner: int, scale_dtype: torch.dtype = torch.bfloat16) -> tuple[dict[str, Tensor], Any]:
+    """A random matrix of every finite fp8 value as DeepSeek stores it, and its values."""
+    random = generator(seed)
+    bits = torch.randint(256, (outer, inner), generator=random, dtype=torch.uint8)
+    weight = torch.where(bits & 127 == 127, 0, bits).view(torch.float8_e4m3fn)
+    scale = (torch.rand(-(-outer // 128), -(-inner // 128), generator=random) * 0.01).to(scale_dtype)
+    found = torch.empty(outer, inner)
+    for i, k in product(range(scale.shape[0]), range(scale.shape[1])):
+        block = slice(128 * i, 128 * (i + 1)), slice(128 * k, 128 * (k + 1))
+        found[block] = weight[block].float() * scale[i, k].float()
+    return {"weight": weight, "weight_scale_inv": scale}, found
+
+
+def plain(seed: int, outer: int, inner: int) -> tuple[dict[str, Tensor], Tensor]:
+    """A random matrix as it is."""
+    weight = torch.randn(outer, inner, generator=generator(seed)).bfloat16()
+    return {"weight": weight}, weight.float()
+
+
+Stored = Callable[[int, int, int], tuple[dict[str, Tensor], Tensor]]
+
+
+class Layer:
+    """A checkpoint with the experts of one layer, their sources, and the values that they should have."""
+
+    def __init__(self, folder: Path, make: Stored, hidden: int, intermediate: int, experts: int = 2) -> None:
+        self.hidden, self.intermediate = hidden, intermediate
+        self.tensors: dict[str, Tensor] = {}
+        self.values: list[dict[str, Tensor]] = []
+        self.sources = []
+        self.folder = folder
+        shapes = [(intermediate, hidden), (intermediate, hidden), (hidden, intermediate)]
+        for expert in range(experts):
+            values, names = [], [f"experts.{expert}.{name}" for name in PROJECTIONS]
+            for name, shape in zip(names, shapes, strict=True):
+                stored, value = make(len(self.tensors), *shape)
+                self.tensors |= {f"{name}.{part}": tensor for part, tensor in stored.items()}
+                values.append(value)
+            self.values.append({"gate_up": torch.cat(values[:2]), "down": values[2]})
+            gate, up, down = [(f"{name}.weight", shape) for name, shape in zip(names, shapes, strict=True)]
+            self.sources.append({"gate_up": [gate, up], "down": [down]})
+
+    def stored(self, quantization: Quantization | None) -> StoredMatrices:
+        save_file(self.tensors, self.folder / "model.safetensors")
+        (self.folder / "config.json").write_text("{}")
+        found = StoredMatrices(Checkpoint(self.folder), quantization)
+        found.check(self.expected())
+        return found
+
+    def expected(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        for expert in self.sources:
+            for sources in expert.values():
+                yield from sources
+
+    def rows(self, expert_format: ExpertFormat) -> Tensor:
+        return torch.full((len(self.sources), expert_format.row_bytes), 0xFF, dtype=torch.uint8)
+
+    def values_of(self, views: dict[str, Tensor], expert: int) -> dict[str, Tensor]:
+        """What an expert's row is worth."""
+        found = {}
+        for name, inner, matrices in (("gate_up", self.hidden, 2), ("down", self.intermediate, 1)):
+            also = (
+                views[name + suffix][expert] if name + suffix in views else None for suffix in ("_scales", "_zeros")
+            )
+            found[name] = dequantise(views[name][expert], *also, inner, matrices)
+        return found
+
+
+CASES = {
+    "fp8": (FP8, fp8, fp8_format),
+    "fp8 with float32 scales": (FP8, lambda *args: fp8(*args, torch.float32), fp8_format),
+    "awq": (AWQ, awq, lambda *shape: int4_format(*shape, 64, torch.float16)),
+    "gptq": (GPTQ, gptq, lambda *shape: int4_format(*shape, 64, torch.float16)),
+    "gptq symmetric": (GPTQ, lambda *args: gptq(*args, True), lambda *shape: int4_format(*shape, 64, torch.float16)),
+    "gptq_v2": (GPTQ_V2, lambda *args: gptq(*args, less=0), lambda *shape: int4_format(*shape, 64, torch.float16)),
+    "awq that left experts plain": (AWQ, plain, lambda *shape: plain_format(*shape, torch.float32)),
+    "awq made plain": (AWQ, awq, lambda *shape: plain_format(*shape, torch.float32)),
+    "fp8 made plain": (FP8, fp8, lambda *shape: plain_format(*shape, torch.float32)),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("case", CASES)
+def test_rows_are_worth_what_the_checkpoint_is_bit_for_bit(case: str, shape: tuple[int, int], tmp_path: Path) -> None:
+    quantization, make, format_of = CASES[case]
+    layer = Layer(tmp_path, make, *shape)
+    expert_format = format_of(*shape)
+    rows = layer.rows(expert_format)
+    error = fill_layer(layer.stored(quantization), expert_format, layer.sources, rows)
+    assert error.relative == 0
+    views = expert_format.views(rows)
+    for expert, values in enumerate(layer.values):
+        found = layer.values_of(views, expert)
+        assert torch.equal(found["gate_up"], values["gate_up"])
+        assert torch.equal(found["down"], values["down"])
+
+
+def test_fp8_values_are_those_of_transformers() -> None:
+    stored, values = fp8(0, 256, 384, torch.float32)
+    theirs = Fp8Dequantize(SimpleNamespace())._dequantize_one(stored["weight"], stored["weight_scale_inv"])
+    assert torch.equal(values, theirs)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("format_of", "worst"),
+    [(fp8_format, 0.04), (lambda *shape: int4_format(*shape, 128, torch.float16), 0.13)],
+    ids=["fp8", "int4"],
+)
+def test_quantised_while_loading(
+    format_of: Callable[..., ExpertFormat], worst: float, shape: tuple[int, int], tmp_path: Path
+) -> None:
+    layer = Layer(tmp_path, plain, *shape)
+    expert_format = format_of(*shape)
+    rows = layer.rows(expert_format)
+    error = fill_layer(layer.stored(None), expert_format, layer.sources, rows)
+    views, difference, norm = expert_format.views(rows), 0.0, 0.0
+    for expert, values in enumerate(layer.values):
+        for name, found in layer.values_of(views, expert).items():
+            difference += float((found - values[name]).square().sum(dtype=torch.float64))
+            norm += float(values[name].square().sum(dtype=torch.float64))
+    assert error.relative == pytest.approx((difference / norm) ** 0.5)
+    assert 0.001 < error.relative < worst  # of normally distributed weights
+
+
+@given(
+    outer=st.integers(1, 140),
+    inner=st.integers(1, 300),
+    scale=st.sampled_from([0.0, 1e-9, 0.02, 1.0, 1e4]),
+    shift=st.sampled_from([0.0, 3.0, -3.0]),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=40)
+def test_no_value_is_further_off_than_half_a_step(
+    outer: int, inner: int, scale: float, shift: float, seed: int
+) -> None:
+    values = (torch.randn(outer, inner, generator=generator(seed)) + shift) * scale
+    int4 = to_int4(PlainMatrix(values), 64, torch.float32)
+    step = int4.scales.repeat_interleave(64, 1)[:, :inner]
+    # A rounded zero point may cost the ends of the range another half.
+    assert bool(((int4.values() - values).abs() <= 1.01 * step).all())
+    again = to_int4(int4, 64, torch.float32)
+    assert again is int4
+    fp8_ = to_fp8(PlainMatrix(values))
+    largest = fp8_.scales.repeat_interleave(128, 0)[:outer].repeat_interleave(128, 1)[:, :inner] * 448
+    assert bool((values.abs() <= largest * 1.0001).all())
+    # Three bits of mantissa, and steps of 2 ** -9 among the smallest.
+    assert bool(((fp8_.values() - values).abs() <= values.abs() / 16 * 1.001 + largest / 448 / 1024).all())
+
+
+@pytest.mark.parametrize("format_of", [fp8_format, lambda *shape: int4_format(*shape, 64, torch.bfloat16)])
+@given(hidden=st.integers(1, 300), inner=st.integers(1, 300), n=st.integers(1, 3))
+@settings(deadline=None, max_examples=30)
+def test_views_cover_a_row_without_overlap(
+    format_of: Callable[..., ExpertFormat], hidden: int, inner: int, n: int
+) -> None:
+    row = format_of(hidden, inner)
+    assert row.row_bytes % ALIGNMENT == 0
+    rows = torch.zeros(n, row.row_bytes, dtype=torch.uint8)
+    ends = 0
+    for item in row.tensors.values():
+        assert item.offset % ALIGNMENT == 0 and item.offset >= ends
+        ends = item.offset + item.size
+    for index, view in enumerate(row.views(rows).values(), start=1):
+        view.view(torch.uint8).fill_(index)
+    for index, view in enumerate(row.views(rows).values(), start=1):
+        assert (view.view(torch.uint8) == index).all()
+
+
+def test_the_bytes_of_real_experts() -> None:
+    """An expert's row against two bytes a weight: half for fp8, a quarter for int4, and little more."""
+    for hidden, inner in ((2048, 768), (4096, 14336)):
+        plain_bytes = plain_format(hidden, inner, torch.bfloat16).row_bytes
+        assert fp8_format(hidden, inner).row_bytes < 0.501 * plain_bytes
+        assert int4_format(hidden, inner, 128, torch.float16).row_bytes < 0.263 * plain_bytes
+
+
+@pytest.mark.parametrize("tokens", [1, 20])  # GEMV and GEMM
+@pytest.mark.parametrize("case", ["fp8", "awq"])
+def test_the_sum_over_quantised_experts_is_that_of_their_values(case: str, tokens: int, tmp_path: Path) -> None:
+    quantization, make, format_of = CASES[case]
+    layer, random = Layer(tmp_path, make, 200, 72, experts=4), generator(1)
+    stored = layer.stored(quantization)
+    h = torch.randn(tokens, 200, generator=random)
+    chosen = torch.rand(tokens, 4, generator=random).argsort(1)[:, :2].int()
+    routing = Routing(experts=chosen, weights=torch.rand(tokens, 2, generator=random))
+    totals = []
+    for expert_format in (format_of(200, 72), plain_format(200, 72, torch.float32)):
+        rows = layer.rows(expert_format)
+        fill_layer(stored, expert_format, layer.sources, rows)
+        total = ExpertSum(h, routing, 4, 72)
+        total.wave(expert_format.views(rows), torch.arange(4, dtype=torch.int32))
+        totals.append(total.total())
+    assert torch.equal(*totals)
+
+
+def broken(layer: Layer, quantization: Quantization | None, expert_format: ExpertFormat, *words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        fill_layer(layer.stored(quantization), expert_format, layer.sources, layer.rows(expert_format))
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("case", "part", "change", "words"),
+    [
+        ("fp8", "weight_scale_inv", None, ["no tensor"]),
+        ("fp8", "weight_scale_inv", lambda t: t[:, :1].contiguous(), ["[1, 1]", "[1, 2]"]),
+        ("fp8", "weight_scale_inv", lambda t: t * float("nan"), ["scales", "up_proj.weight"]),
+        ("fp8", "weight", lambda t: t.to(torch.float8_e5m2), ["F8_E5M2", "F8_E4M3"]),
+        ("awq", "scales", None, ["no tensor"]),
+        ("awq", "scales", lambda t: t.float(), ["F32", "F16"]),
+        ("awq", "qzeros", lambda t: t[:1].contiguous(), ["[1, 9]", "[4, 9]"]),
+        ("awq", "qweight", lambda t: t.T.contiguous(), ["[9, 200]", "[200, 9]"]),
+        ("gptq", "qweight", lambda t: t.long(), ["I64", "I32"]),
+        ("gptq", "g_idx", lambda t: t.flip(0).contiguous(), ["desc_act", "up_proj.weight"]),
+    ],
+)
+def test_tensors_that_do_not_fit(
+    case: str, part: str, change: Callable[[Tensor], Tensor] | None, words: list[str], tmp_path: Path
+) -> None:
+    quantization, make, format_of = CASES[case]
+    layer, name = Layer(tmp_path, make, 200, 72), f"experts.1.up_proj.{part}"
+    if change is None:
+        del layer.tensors[name]
+    else:
+        layer.tensors[name] = change(layer.tensors[name])
+    expected = [name] if part in ("weight_scale_inv", "scales") and change is None else ["experts.1.up_proj"]
+    broken(layer, quantization, format_of(200, 72), *words, *expected)
+
+
+def test_shapes_that_int4_cannot_hold(tmp_path: Path) -> None:
+    layer = Layer(tmp_path, plain, 64, 20)
+    layer.tensors = {"x": torch.zeros(1)}
+    broken(layer, AWQ, int4_format(64, 20, 64, torch.float16), "gate_proj.qweight", "[20, 64]")
+
+
+@pytest.mark.parametrize("format_of", [fp8_format, lambda *shape: int4_format(*shape, 64, torch.float16)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_cannot_be_quantised(format_of: Callable[..., ExpertFormat], value: float, tmp_path: Path) -> None:
+    layer = Layer(tmp_path, plain, 64, 24)
+    layer.tensors["experts.1.down_proj.weight"][3, 5] = value
+    broken(layer, None, format_of(64, 24), "experts.1.down_proj.weight", "NaN")
