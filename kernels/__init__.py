@@ -8,6 +8,7 @@ from duomoe.kernels.attention import paged_attention
 from duomoe.kernels.combine import combine
 from duomoe.kernels.expert_gemv import experts_down_gemv, experts_gate_up_gemv, gemv_splits, use_gemv
 from duomoe.kernels.grouped_gemm import experts_down, experts_gate_up
+from duomoe.kernels.packed_bf16 import expand_bf16
 from duomoe.kernels.permute import group_by_expert
 from duomoe.kernels.rms_norm import add_rms_norm, rms_norm
 from duomoe.kernels.rope import rope_and_cache
@@ -16,6 +17,7 @@ from duomoe.kernels.router import route
 __all__ = [
     "add_rms_norm",
     "combine",
+    "expand_bf16",
     "experts_down",
     "experts_down_gemv",
     "experts_gate_up",

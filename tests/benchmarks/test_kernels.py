@@ -14,6 +14,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from duomoe.kernels import (
+    expand_bf16,
     experts_down,
     experts_down_gemv,
     experts_gate_up,
@@ -22,6 +23,8 @@ from duomoe.kernels import (
     paged_attention,
 )
 from duomoe.kernels.expert_gemv import gemv_splits
+from duomoe.kernels.packed_bf16 import pack_bf16, packed_layout
+from duomoe.kernels.quantised import block_shape, packed_width, scale_shape
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -79,13 +82,38 @@ def random(*shape: int, scale: float = 1.0) -> Tensor:
     return torch.empty(shape, dtype=DTYPE, device=DEVICE).normal_(0.0, scale)
 
 
-def matrices(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
-    """The layer's `w_gate_up` and `w_down`, and slots that are the experts themselves."""
+Pool = tuple[Tensor, Tensor | None, Tensor | None]  # weights, scales, zero points
+
+forms = pytest.mark.parametrize("form", ["plain", "fp8", "int4"])
+
+
+def matrices(shape: Shape, form: str) -> tuple[Pool, Pool, Tensor]:
+    """The layer's `gate_up` and `down`, and slots that are the experts themselves."""
     return (
-        random(shape.num_experts, 2 * shape.intermediate, shape.hidden, scale=shape.hidden**-0.5),
-        random(shape.num_experts, shape.hidden, shape.intermediate, scale=shape.intermediate**-0.5),
+        pool(form, shape.num_experts, 2, shape.intermediate, shape.hidden),
+        pool(form, shape.num_experts, 1, shape.hidden, shape.intermediate),
         torch.arange(shape.num_experts, dtype=torch.int32, device=DEVICE),
     )
+
+
+def pool(form: str, slots: int, stacked: int, outer: int, inner: int) -> Pool:
+    """Random weights of a form; matrices of the same size are stacked."""
+    rows = stacked * outer
+    if form == "plain":
+        return random(slots, rows, inner, scale=inner**-0.5), None, None
+    if form == "fp8":
+        groups, columns = block_shape(outer, inner)
+        w = random(slots, rows, inner).to(torch.float8_e4m3fn)
+        return w, torch.full((slots, stacked * groups, columns), inner**-0.5, device=DEVICE), None
+    groups, columns = scale_shape(outer, inner, 128)
+    scales = torch.full((slots, stacked * groups, columns), inner**-0.5 / 5, dtype=torch.float16, device=DEVICE)
+    w = torch.randint(256, (slots, rows, packed_width(inner)), dtype=torch.uint8, device=DEVICE)
+    return w, scales, torch.full_like(scales, 8, dtype=torch.uint8)
+
+
+def expert_gigabytes(of: Pool) -> float:
+    """What one expert's part of a pool takes."""
+    return sum(item[0].nbytes for item in of if item is not None) / 1e9
 
 
 decode_shapes = pytest.mark.parametrize(
@@ -122,28 +150,32 @@ def one_token(shape: Shape) -> list[Tensor]:
     return list(every.view(-1, 1, shape.top_k))
 
 
+@forms
 @decode_shapes
-def test_gate_up_gemv(benchmark: BenchmarkFixture, shape: Shape) -> None:
-    w_gate_up, _, slots = matrices(shape)
+def test_gate_up_gemv(benchmark: BenchmarkFixture, shape: Shape, form: str) -> None:
+    gate_up, _, slots = matrices(shape, form)
     x = random(1, shape.hidden)
     splits = gemv_splits(shape.hidden, 2 * shape.intermediate, shape.top_k)
     out = torch.empty(splits, shape.top_k, 2 * shape.intermediate, device=DEVICE)
-    calls = [lambda e=experts: experts_gate_up_gemv(x, w_gate_up, slots, e, out) for experts in one_token(shape)]
-    measure(benchmark, calls, gigabytes=shape.top_k * w_gate_up[0].nbytes / 1e9)
+    w, *also = gate_up
+    calls = [lambda e=experts: experts_gate_up_gemv(x, w, slots, e, out, *also) for experts in one_token(shape)]
+    measure(benchmark, calls, gigabytes=shape.top_k * expert_gigabytes(gate_up))
 
 
+@forms
 @decode_shapes
-def test_down_gemv(benchmark: BenchmarkFixture, shape: Shape) -> None:
-    _, w_down, slots = matrices(shape)
+def test_down_gemv(benchmark: BenchmarkFixture, shape: Shape, form: str) -> None:
+    _, down, slots = matrices(shape, form)
     partial = gemv_splits(shape.hidden, 2 * shape.intermediate, shape.top_k)
     gate_up = random(partial, shape.top_k, 2 * shape.intermediate).float()
     splits = gemv_splits(shape.intermediate, shape.hidden, shape.top_k)
     out = torch.empty(splits, shape.top_k, shape.hidden, device=DEVICE)
     weights = torch.rand(1, shape.top_k, device=DEVICE)
+    w, *also = down
     calls = [
-        lambda e=experts: experts_down_gemv(gate_up, w_down, slots, e, weights, out) for experts in one_token(shape)
+        lambda e=experts: experts_down_gemv(gate_up, w, slots, e, weights, out, *also) for experts in one_token(shape)
     ]
-    measure(benchmark, calls, gigabytes=shape.top_k * w_down[0].nbytes / 1e9)
+    measure(benchmark, calls, gigabytes=shape.top_k * expert_gigabytes(down))
 
 
 def sorted_pass(shape: Shape, tokens: int) -> tuple[Tensor, Tensor]:
@@ -151,25 +183,27 @@ def sorted_pass(shape: Shape, tokens: int) -> tuple[Tensor, Tensor]:
     return group_by_expert(chosen, shape.num_experts)
 
 
+@forms
 @prefill_shapes
-def test_gate_up_gemm(benchmark: BenchmarkFixture, shape: Shape, tokens: int) -> None:
-    w_gate_up, _, slots = matrices(shape)
+def test_gate_up_gemm(benchmark: BenchmarkFixture, shape: Shape, tokens: int, form: str) -> None:
+    (w, *also), _, slots = matrices(shape, form)
     x, (order, offsets) = random(tokens, shape.hidden), sorted_pass(shape, tokens)
     h = torch.empty(len(order), shape.intermediate, dtype=DTYPE, device=DEVICE)
     teraflop = 4 * len(order) * shape.hidden * shape.intermediate / 1e12
-    calls = [lambda: experts_gate_up(x, w_gate_up, slots, order, offsets, shape.top_k, h)]
-    measure(benchmark, calls, teraflop=teraflop, gigabytes=w_gate_up.nbytes / 1e9)
+    calls = [lambda: experts_gate_up(x, w, slots, order, offsets, shape.top_k, h, *also)]
+    measure(benchmark, calls, teraflop=teraflop, gigabytes=shape.num_experts * expert_gigabytes((w, *also)))
 
 
+@forms
 @prefill_shapes
-def test_down_gemm(benchmark: BenchmarkFixture, shape: Shape, tokens: int) -> None:
-    _, w_down, slots = matrices(shape)
+def test_down_gemm(benchmark: BenchmarkFixture, shape: Shape, tokens: int, form: str) -> None:
+    _, (w, *also), slots = matrices(shape, form)
     order, offsets = sorted_pass(shape, tokens)
     h, weights = random(len(order), shape.intermediate), torch.rand(tokens, shape.top_k, device=DEVICE)
     out = torch.empty(len(order), shape.hidden, dtype=DTYPE, device=DEVICE)
     teraflop = 2 * len(order) * shape.hidden * shape.intermediate / 1e12
-    calls = [lambda: experts_down(h, w_down, slots, order, offsets, weights, out)]
-    measure(benchmark, calls, teraflop=teraflop, gigabytes=w_down.nbytes / 1e9)
+    calls = [lambda: experts_down(h, w, slots, order, offsets, weights, out, *also)]
+    measure(benchmark, calls, teraflop=teraflop, gigabytes=shape.num_experts * expert_gigabytes((w, *also)))
 
 
 @prefill_shapes
@@ -180,6 +214,20 @@ def test_dense_matmul(benchmark: BenchmarkFixture, shape: Shape, tokens: int) ->
     out = torch.empty(pairs, outer, dtype=DTYPE, device=DEVICE)
     teraflop = 2 * pairs * outer * shape.hidden / 1e12
     measure(benchmark, [lambda: torch.mm(x, w.T, out=out)], teraflop=teraflop)
+
+
+@decode_shapes
+def test_expand(benchmark: BenchmarkFixture, shape: Shape) -> None:
+    """One expert's packed row expanded into its plain bfloat16 row, from and to the device's memory."""
+    values = 3 * shape.hidden * shape.intermediate
+    rows = 8 if GPU else 1
+    plain = torch.randn(values).bfloat16()
+    packed = torch.zeros(packed_layout(values).row_bytes, dtype=torch.uint8)
+    assert pack_bf16(plain, packed)
+    copies = packed.to(DEVICE).repeat(rows, 1)
+    out = torch.empty(rows, values, dtype=torch.bfloat16, device=DEVICE)
+    calls = [lambda row=row: expand_bf16(copies[row : row + 1], out[row : row + 1]) for row in range(rows)]
+    measure(benchmark, calls, gigabytes=(packed.nbytes + plain.nbytes) / 1e9)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,9 @@ from duomoe.checkpoint import Checkpoint
 from duomoe.experts.compute import ExpertSum
 from duomoe.experts.format import ALIGNMENT, ExpertFormat, fp8_format, int4_format, plain_format
 from duomoe.experts.matrix import PlainMatrix, to_fp8, to_int4
+from duomoe.experts.packed import pack_layer
 from duomoe.experts.stored import StoredMatrices, fill_layer
+from duomoe.kernels import expand_bf16
 from duomoe.kernels.quantised import dequantise
 from duomoe.models.batch import Routing
 from duomoe.models.config import Quantization, parse_quantization
@@ -273,6 +275,19 @@ def test_the_sum_over_quantised_experts_is_that_of_their_values(case: str, token
         total.wave(expert_format.views(rows), torch.arange(4, dtype=torch.int32))
         totals.append(total.total())
     assert torch.equal(*totals)
+
+
+def test_a_layer_of_bfloat16_packs_and_comes_back(tmp_path: Path) -> None:
+    layer, expert_format = Layer(tmp_path, plain, 200, 72), plain_format(200, 72, torch.bfloat16)
+    rows = layer.rows(expert_format).zero_()
+    fill_layer(layer.stored(None), expert_format, layer.sources, rows)
+    packed = pack_layer(rows)
+    assert packed is not None
+    back = torch.empty_like(rows)
+    expand_bf16(packed, back.view(torch.bfloat16))
+    assert torch.equal(back, rows)
+    rows[1].view(torch.bfloat16)[::2] = 0  # too many that are far from the others
+    assert pack_layer(rows) is None
 
 
 def broken(layer: Layer, quantization: Quantization | None, expert_format: ExpertFormat, *words: str) -> None:
