@@ -361,11 +361,12 @@ def _options(
         block_m = 128 if mean_pairs > 64 else min(max(triton.next_power_of_2(2 * mean_pairs), 16), 64)
         # Only Hopper's tensor cores take both operands from shared memory; elsewhere the wide tile spills registers.
         width = 256 if block_m >= 64 and capability == 90 else 128
-        # Blackwell's (10.x) keep the sums in a memory of their own, so 4 warps have registers enough.
-        warps = 8 if width == 256 or (block_m == 128 and capability // 10 != 10) else 4
+        warps = 8 if width == 256 or block_m == 128 else 4
         block_k = 64
     weight_bytes = dtype.itemsize if form["FORMAT"] == "plain" else 1
     stage = (block_m * dtype.itemsize + width * weight_bytes) * block_k
+    if form["FORMAT"] == "int4" and block_m < 64:
+        form = form | {"maxnreg": 208}  # or else the compiler stops at 128 and spills
     return form | {
         "EVEN_K": inner % block_k == 0,
         "BLOCK_M": block_m,
@@ -381,8 +382,8 @@ def _options(
 def _programs(pairs: int, num_experts: int, outer: int, options: Form, device: torch.device) -> int:
     """Return how many programs share the tiles: as many as run at once, but no more than there can be tiles."""
     tiles_m = min(pairs, triton.cdiv(pairs, options["BLOCK_M"]) + num_experts)
-    large = options["BLOCK_M"] == 128 or options["num_warps"] == 8
-    at_once = multiprocessors(device) * (1 if large else 3)
+    large = options["BLOCK_M"] == 128 or options["BLOCK_M"] * options["num_warps"] == 64 * 8
+    at_once = multiprocessors(device) * (1 if large else 2 if "maxnreg" in options else 3)
     programs: int = min(tiles_m * triton.cdiv(outer, options["BLOCK_N"]), at_once)
     return programs
 

@@ -130,12 +130,18 @@ def strides(*pool: Tensor | None) -> tuple[int | None, ...]:
 
 
 def example_forms(dtype: torch.dtype, capability: int) -> list[tuple[Form, dict[str, str]]]:
-    """Return every form that launchers meet, with its arguments' types, for the compile gate (configuration.py)."""
+    """Return every form that launchers meet, with its arguments' types, for the compile gate (configuration.py).
+
+    Quantised ones are listed for bfloat16 alone: float16 differs by one instruction.
+    """
     scaled = {"w": "*u8:16", "scale_stride": "i32:16"}
     fp8: Form = {"FORMAT": "fp8" if capability >= 89 else "fp8_bits", "GROUP": FP8_BLOCK}
     int4: Form = {"FORMAT": "int4", "GROUP": 128}
+    plain: Form = {"FORMAT": "plain", "GROUP": 1}
+    if dtype == torch.float16:
+        return [(plain, {"w": "*fp16:16"})]
     return [
-        ({"FORMAT": "plain", "GROUP": 1}, {"w": f"*{TRITON_TYPE[dtype]}:16"}),
+        (plain, {"w": f"*{TRITON_TYPE[dtype]}:16"}),
         (fp8, scaled | {"scales": "*fp32:16"}),
         (int4, scaled | {"scales": "*fp16:16", "zeros": "*u8:16", "zero_stride": "i32:16"}),
     ]

@@ -69,9 +69,10 @@ def problems(configuration: Configuration, capability: int) -> list[str]:
     if configuration.wide_loads:
         options = configuration.options
         wide = re.findall(r"cp\.async\.cg\.|ld\.global\S*\.v4\.b32", ptx)  # A copy by .cg has 16 bytes.
-        itemsize = 2 if options["FORMAT"] == "plain" else 1
+        plain = options["FORMAT"] == "plain"
+        itemsize = 2 if plain else 1
         weights = options["BLOCK_N"] * options["BLOCK_K"] * itemsize // 16
-        if len(wide) < weights // (32 * options["num_warps"]) or "cp.async.ca" in ptx:
+        if len(wide) < weights // (32 * options["num_warps"]) or (plain and "cp.async.ca" in ptx):
             found.append("does not load its weights 16 bytes at a time")
     return found
 
