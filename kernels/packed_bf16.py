@@ -27,8 +27,8 @@ BLOCK = 4096
 ESCAPE = 15
 ALIGNMENT = 256
 
-# Rows are packed so many blocks at a time, which bounds what is held besides.
-SLICE = 256
+# Rows are packed so many blocks at a time: what is held besides fits into a core's cache.
+SLICE = 16
 
 
 @dataclass(frozen=True)
@@ -79,18 +79,19 @@ def pack_bf16(values: Tensor, packed: Tensor) -> bool:
     used = 0
     for first in range(0, layout.blocks, SLICE):
         last = min(first + SLICE, layout.blocks)
-        bits = values[first * BLOCK : last * BLOCK].view(torch.int16).int()
+        bits = values[first * BLOCK : last * BLOCK].view(torch.int16)
         filling = (last - first) * BLOCK - len(bits)
         bits = F.pad(bits, (0, filling)).view(-1, BLOCK)
         exponent = bits >> 7 & 255
         base = exponent.amax(1, keepdim=True)
         distance = base - exponent
         distance[-1, BLOCK - filling :] = 0  # what fills the last block up needs no patches
-        block, place = (distance >= ESCAPE).nonzero(as_tuple=True)
+        escapes = distance >= ESCAPE
+        block, place = escapes.nonzero(as_tuple=True)
         if used + len(place) > layout.patches:
             return False
-        patches[used : used + len(place)] = place | exponent[block, place] << 12
-        ends[first:last] = used + (distance >= ESCAPE).sum(1).cumsum(0)
+        patches[used : used + len(place)] = place | exponent[block, place].long() << 12
+        ends[first:last] = used + escapes.sum(1).cumsum(0)
         used += len(place)
         distance = distance.clamp_(max=ESCAPE)
         signs_and_mantissas[first:last] = bits >> 8 & 128 | bits & 127
