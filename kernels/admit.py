@@ -338,3 +338,370 @@ def _(
     issued: Tensor,
 ) -> None:
     return None
+
+
+# In both kernels the threads of a program work on the same few addresses, and several threads may hold one element.
+# What some of them store must not reach the others' loads, or must have reached them. Where that matters, a barrier
+# stands between the loads and the stores.
+
+
+@triton.jit
+def _keys(
+    slot: tl.tensor,
+    now: tl.tensor,
+    slot_owner: tl.tensor,
+    last_use: tl.tensor,
+    unproven: tl.tensor,
+    use: tl.tensor,
+    layer: tl.tensor,
+    horizon: tl.tensor,
+    num_layers: tl.tensor,
+    num_experts: tl.tensor,
+    num_slots: tl.tensor,
+    PREDICTED: tl.constexpr,
+    ONE: tl.constexpr,
+    EMPTY: tl.constexpr,
+) -> tl.tensor:
+    """Load the directory and return every slot's key, -1 for those that may not be given away."""
+    inside = slot < num_slots
+    used = tl.load(last_use + slot, mask=inside, other=now)
+    age = tl.minimum(now - used, EMPTY - 1).to(tl.int32)
+    tl.debug_barrier()  # One load after the other: all of them at once would not fit into the registers.
+    owner = tl.load(slot_owner + slot, mask=inside, other=-1)
+    if PREDICTED:
+        often = tl.maximum(tl.load(use + owner, mask=owner >= 0, other=ONE), 1)
+        distance = (owner // num_experts - layer - 1 + num_layers) % num_layers + 1
+        tl.debug_barrier()
+        soon = (tl.load(unproven + slot, mask=inside, other=0) != 0) & (distance <= horizon)
+        key = distance + tl.where(soon, 0, num_layers * (ONE // often - 1))
+    else:
+        key = age
+    return tl.where(age == 0, -1, tl.where(owner < 0, EMPTY, key))
+
+
+@triton.jit
+def _admit_kernel(
+    experts: tl.tensor,
+    pending: tl.tensor,
+    slot_of: tl.tensor,
+    owner_of: tl.tensor,
+    last_use: tl.tensor,
+    unproven: tl.tensor,
+    use: tl.tensor,
+    clock: tl.tensor,
+    counts: tl.tensor,
+    slots: tl.tensor,
+    misses: tl.tensor,
+    pairs: tl.tensor,
+    layer: tl.tensor,
+    horizon: tl.tensor,
+    num_layers: tl.tensor,
+    num_experts: tl.tensor,
+    num_slots: tl.tensor,
+    width: tl.tensor,
+    FIRST: tl.constexpr,
+    PREDICTED: tl.constexpr,
+    ONE: tl.constexpr,
+    RATE: tl.constexpr,
+    EMPTY: tl.constexpr,
+    BLOCK_PAIRS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+) -> None:
+    """One program admits one wave: all experts side by side, then the slots given away, one after the other."""
+    expert = tl.arange(0, BLOCK_E)
+    inside = expert < num_experts
+    flat = layer * num_experts + expert
+    often = tl.load(use + flat, mask=inside, other=0)
+    if FIRST:
+        pair = tl.arange(0, BLOCK_PAIRS)
+        choice = tl.load(experts + pair, mask=pair < pairs, other=-1)
+        wanted = tl.histogram(tl.maximum(choice, 0), BLOCK_E, mask=choice >= 0) > 0
+    else:
+        wanted = tl.load(pending + expert, mask=inside, other=0) != 0
+    now = tl.load(clock) + 1
+    slot = tl.load(slot_of + flat, mask=inside, other=-1)
+    here = wanted & (slot >= 0)
+    absent = wanted & (slot < 0)
+    resumed = here & (tl.load(unproven + slot, mask=here, other=0) != 0)
+    tl.debug_barrier()
+    tl.store(clock, now)
+    tl.store(last_use + slot, now, mask=here)
+    tl.store(unproven + slot, 0, mask=resumed)
+    if FIRST:
+        tl.store(use + flat, often - (often >> RATE) + tl.where(wanted, ONE >> RATE, 0), mask=inside)
+    tl.debug_barrier()
+
+    missing = tl.sum(absent.to(tl.int32), 0)
+    resumes = tl.sum(resumed.to(tl.int32), 0)
+    turn = tl.cumsum(absent.to(tl.int32), 0) - 1
+    victim = tl.full((BLOCK_E,), -1, tl.int32)
+    if missing > 0:
+        candidate = tl.arange(0, BLOCK_S)
+        key = _keys(
+            candidate,
+            now,
+            owner_of,
+            last_use,
+            unproven,
+            use,
+            layer,
+            horizon,
+            num_layers,
+            num_experts,
+            num_slots,
+            PREDICTED,
+            ONE,
+            EMPTY,
+        )
+        free = tl.sum((key >= 0).to(tl.int32), 0)
+        for number in range(tl.minimum(tl.minimum(missing, free), width - resumes)):
+            best = tl.argmax(key, 0)
+            victim = tl.where(absent & (turn == number), best, victim)
+            key = tl.where(candidate == best, -1, key)
+    placed = victim >= 0
+    previous = tl.load(owner_of + victim, mask=placed, other=-1)
+    tl.debug_barrier()
+
+    # An owner that loses its slot was not used in this wave, so the two stores to `slot_of` do not meet.
+    tl.store(slot_of + previous, -1, mask=previous >= 0)
+    tl.store(slot_of + flat, victim, mask=placed)
+    tl.store(owner_of + victim, flat, mask=placed)
+    tl.store(last_use + victim, now, mask=placed)
+    tl.store(unproven + victim, 0, mask=placed)
+    tl.store(pending + expert, (absent & (victim < 0)).to(tl.int32), mask=inside)
+    tl.store(counts, tl.load(counts) + tl.sum(here.to(tl.int64), 0))
+    tl.store(counts + 1, tl.load(counts + 1) + tl.sum(placed.to(tl.int64), 0))
+    fetched = tl.where(resumed, slot, victim)
+    tl.store(slots + expert, tl.where(here & (fetched < 0), slot, -1), mask=inside)
+    tl.store(slots + num_experts + expert, fetched, mask=inside)
+    entry = tl.where(resumed, tl.cumsum(resumed.to(tl.int32), 0) - 1, resumes + turn)
+    _store_list(misses, width, entry, flat, fetched, resumed, fetched >= 0, BLOCK_W)
+
+
+@triton.jit
+def _store_list(
+    entries: tl.tensor,
+    width: tl.tensor,
+    column: tl.tensor,
+    flat: tl.tensor,
+    slot: tl.tensor,
+    resume: tl.tensor,
+    entered: tl.tensor,
+    BLOCK_W: tl.constexpr,
+) -> None:
+    """Store what was entered at its columns of a [3, width] list, and -1 behind the last."""
+    tl.store(entries + column, flat, mask=entered)
+    tl.store(entries + width + column, slot, mask=entered)
+    tl.store(entries + 2 * width + column, resume.to(tl.int32), mask=entered)
+    rest = tl.arange(0, BLOCK_W)
+    behind = (rest >= tl.sum(entered.to(tl.int32), 0)) & (rest < width)
+    for row in tl.static_range(3):
+        tl.store(entries + row * width + rest, -1, mask=behind)
+
+
+@triton.jit
+def _admit_ahead_kernel(
+    candidates: tl.tensor,
+    slot_of: tl.tensor,
+    owner_of: tl.tensor,
+    last_use: tl.tensor,
+    unproven: tl.tensor,
+    use: tl.tensor,
+    clock: tl.tensor,
+    ahead: tl.tensor,
+    issued: tl.tensor,
+    width: tl.tensor,
+    limit: tl.tensor,
+    layer: tl.tensor,
+    horizon: tl.tensor,
+    num_layers: tl.tensor,
+    num_experts: tl.tensor,
+    num_slots: tl.tensor,
+    PREDICTED: tl.constexpr,
+    ONE: tl.constexpr,
+    EMPTY: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+) -> None:
+    """One program goes through the candidates, side by side, then through the slots that they get, one by one."""
+    place = tl.arange(0, BLOCK_W)
+    flat = tl.load(candidates + place, mask=place < width, other=-1)
+    again = (flat[None, :] == flat[:, None]) & (place[None, :] < place[:, None])
+    wanted = (flat >= 0) & (tl.sum(again.to(tl.int32), 1) == 0)
+    now = tl.load(clock)
+    slot = tl.load(slot_of + flat, mask=wanted, other=-1)
+    here = wanted & (slot >= 0)
+    absent = wanted & (slot < 0)
+    resumed = here & (tl.load(unproven + slot, mask=here, other=0) != 0)
+    spared = here & (tl.load(last_use + slot, mask=here, other=now) != now)
+
+    turn = tl.cumsum(absent.to(tl.int32), 0) - 1
+    goal = tl.minimum(tl.sum(absent.to(tl.int32), 0), limit)
+    victim = tl.full((BLOCK_W,), -1, tl.int32)
+    if goal > 0:
+        candidate = tl.arange(0, BLOCK_S)
+        key = _keys(
+            candidate,
+            now,
+            owner_of,
+            last_use,
+            unproven,
+            use,
+            layer,
+            horizon,
+            num_layers,
+            num_experts,
+            num_slots,
+            PREDICTED,
+            ONE,
+            EMPTY,
+        )
+        free = tl.sum((key >= 0).to(tl.int32), 0) - tl.sum(spared.to(tl.int32), 0)
+        goal = tl.minimum(goal, free)
+        number = 0
+        while number < goal:
+            best = tl.argmax(key, 0)
+            key = tl.where(candidate == best, -1, key)
+            taken = tl.sum((here & (slot == best)).to(tl.int32), 0) == 0
+            victim = tl.where(taken & absent & (turn == number), best, victim)
+            number += taken.to(tl.int32)
+    placed = victim >= 0
+    previous = tl.load(owner_of + victim, mask=placed, other=-1)
+    tl.debug_barrier()
+
+    tl.store(slot_of + previous, -1, mask=previous >= 0)
+    tl.store(slot_of + flat, victim, mask=placed)
+    tl.store(owner_of + victim, flat, mask=placed)
+    tl.store(last_use + victim, now, mask=placed)
+    tl.store(unproven + victim, 1, mask=placed)
+    tl.store(issued, now)
+    entered = resumed | placed
+    column = tl.cumsum(entered.to(tl.int32), 0) - 1
+    _store_list(ahead, width, column, flat, tl.where(resumed, slot, victim), resumed, entered, BLOCK_W)
+
+
+def _block(size: int) -> int:
+    """Return how many elements a vector of the kernels has that holds `size`, at least one per thread of a warp."""
+    return max(32, triton.next_power_of_2(size))
+
+
+def _options(num_slots: int, width: int, predicted: bool) -> dict[str, int | bool]:
+    """Choose as many warps as leave each thread at most 32 slots' keys, which it keeps in registers."""
+    block_s = _block(num_slots)
+    warps = min(max(4, block_s // 512), 32)
+    options = {"BLOCK_S": block_s, "BLOCK_W": _block(width), "PREDICTED": predicted, "num_warps": warps}
+    return options | {"ONE": ONE, "EMPTY": EMPTY}
+
+
+def _admit_options(
+    num_pairs: int, num_experts: int, num_slots: int, width: int, first: bool, predicted: bool
+) -> dict[str, int | bool]:
+    """Add what the kernel of `admit` needs beside `_options`."""
+    blocks = {"BLOCK_PAIRS": _block(num_pairs), "BLOCK_E": _block(num_experts)}
+    return _options(num_slots, width, predicted) | blocks | {"FIRST": first, "RATE": RATE}
+
+
+@admit.register_cuda
+def admit_triton(
+    experts: Tensor,
+    layer: int,
+    first: bool,
+    predicted: bool,
+    horizon: int,
+    pending: Tensor,
+    slot_of: Tensor,
+    owner_of: Tensor,
+    last_use: Tensor,
+    unproven: Tensor,
+    use: Tensor,
+    clock: Tensor,
+    counts: Tensor,
+    slots: Tensor,
+    misses: Tensor,
+) -> None:
+    """Launch the kernel of `admit`."""
+    _check(experts.numel(), pending, slot_of, owner_of, slots, misses)
+    num_layers, num_experts = slot_of.shape
+    pairs, num_slots, width = experts.numel(), len(owner_of), misses.shape[1]
+    _admit_kernel[(1,)](
+        experts,
+        pending,
+        slot_of,
+        owner_of,
+        last_use,
+        unproven,
+        use,
+        clock,
+        counts,
+        slots,
+        misses,
+        pairs,
+        layer,
+        horizon,
+        num_layers,
+        num_experts,
+        num_slots,
+        width,
+        **_admit_options(pairs, num_experts, num_slots, width, first, predicted),
+    )
+
+
+@admit_ahead.register_cuda
+def admit_ahead_triton(
+    candidates: Tensor,
+    layer: int,
+    limit: int,
+    predicted: bool,
+    horizon: int,
+    slot_of: Tensor,
+    owner_of: Tensor,
+    last_use: Tensor,
+    unproven: Tensor,
+    use: Tensor,
+    clock: Tensor,
+    ahead: Tensor,
+    issued: Tensor,
+) -> None:
+    """Launch the kernel of `admit_ahead`."""
+    assert ahead.shape == (3, len(candidates)), "ahead is [3, candidates]"
+    num_layers, num_experts = slot_of.shape
+    num_slots, width = len(owner_of), len(candidates)
+    _admit_ahead_kernel[(1,)](
+        candidates,
+        slot_of,
+        owner_of,
+        last_use,
+        unproven,
+        use,
+        clock,
+        ahead,
+        issued,
+        width,
+        limit,
+        layer,
+        horizon,
+        num_layers,
+        num_experts,
+        num_slots,
+        **_options(num_slots, width, predicted),
+    )
+
+
+def configurations(dtype: torch.dtype, capability: int) -> list[Configuration]:
+    """List what the launchers choose for few and for the most slots; the directory has no float dtype."""
+    names = ("pending", "slot_of", "owner_of", "unproven", "use", "slots", "misses")
+    types = {name: "*i32:16" for name in names} | {name: "*i64:16" for name in ("last_use", "clock")}
+    types |= {name: "i32" for name in ("layer", "horizon", "num_layers", "num_experts", "num_slots", "width")}
+    admitting = types | {"experts": "*i32:16", "counts": "*i64:16", "pairs": "i32"}
+    unused = ("pending", "slots", "misses")
+    placing = {name: kind for name, kind in types.items() if name not in unused}
+    placing |= {"candidates": "*i32:16", "ahead": "*i32:16", "issued": "*i64:16", "limit": "i32"}
+    return [
+        Configuration(_admit_kernel, admitting, _admit_options(8, 60, 400, 8, True, False)),
+        Configuration(_admit_kernel, admitting, _admit_options(2048, 512, 16384, 512, True, True)),
+        Configuration(_admit_kernel, admitting, _admit_options(2048, 512, 16384, 512, False, True)),
+        Configuration(_admit_ahead_kernel, placing, _options(16384, 64, True)),
+        Configuration(_admit_ahead_kernel, placing, _options(400, 8, False)),
+    ]

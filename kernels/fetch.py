@@ -143,3 +143,154 @@ def _(
     moved: Tensor,
 ) -> None:
     return None
+
+
+@triton.jit
+def _bytes_of(
+    count: tl.tensor, lane: tl.tensor, words: tl.tensor, LANES: tl.constexpr, CHUNK: tl.constexpr
+) -> tl.tensor:
+    """Return how many bytes a lane's first `count` chunks have; see `_bytes`."""
+    end = (lane + 1 + (count - 1) * LANES) * CHUNK
+    return (count * CHUNK - tl.maximum(end - words * 4, 0)).to(tl.int64)
+
+
+@triton.jit
+def _fetch_kernel(
+    table: tl.tensor,
+    entries: tl.tensor,
+    pool: tl.tensor,
+    progress: tl.tensor,
+    clock: tl.tensor,
+    issued: tl.tensor,
+    copied: tl.tensor,
+    present: tl.tensor,
+    num_experts: tl.tensor,
+    words: tl.tensor,
+    width: tl.tensor,
+    AHEAD: tl.constexpr,
+    LANES: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+) -> None:
+    """Each program is a lane and copies its chunks of every row of the list, in words of 4 bytes."""
+    lane = tl.program_id(0)
+    column = tl.arange(0, BLOCK_W)
+    count = tl.sum((tl.load(entries + column, mask=column < width, other=-1) >= 0).to(tl.int32), 0)
+    word = tl.arange(0, CHUNK // 4)
+    share = (tl.cdiv(words, CHUNK // 4) + LANES - 1 - lane) // LANES
+    moved = tl.zeros((), tl.int64)
+    found = tl.zeros((), tl.int64)
+    for entry in range(count):
+        expert = tl.load(entries + entry)
+        slot = tl.load(entries + width + entry).to(tl.int64)
+        rows = tl.load(table + expert // num_experts).to(tl.pointer_type(tl.int32))
+        source = tl.multiple_of(rows, 16) + (expert % num_experts).to(tl.int64) * words
+        target = pool + slot * words
+        reached = progress + slot * LANES + lane
+        begin = tl.where(tl.load(entries + 2 * width + entry) > 0, tl.load(reached), 0)
+        # All threads must have read how far the lane had come before one of them says how far it comes now.
+        tl.debug_barrier()
+        done = begin
+        if AHEAD:
+            # An atomic addition, because one thread does it and tells the others: each would see a clock of its own.
+            while (done < share) & (tl.atomic_add(clock, 0, sem="relaxed") == tl.load(issued)):
+                _copy_chunk(source, target, (lane + done * LANES) * (CHUNK // 4) + word, words)
+                done += 1
+        else:
+            while done < share:
+                _copy_chunk(source, target, (lane + done * LANES) * (CHUNK // 4) + word, words)
+                done += 1
+        tl.store(reached, done)
+        before = _bytes_of(begin, lane, words, LANES, CHUNK)
+        moved += _bytes_of(done, lane, words, LANES, CHUNK) - before
+        found += before
+    tl.atomic_add(copied, moved, sem="relaxed")
+    if not AHEAD:
+        tl.atomic_add(present, found, sem="relaxed")
+
+
+@triton.jit
+def _copy_chunk(source: tl.tensor, target: tl.tensor, at: tl.tensor, words: tl.tensor) -> None:
+    """Copy a block of words. Rows are read once, so past the L1 cache; slots are read soon, so they may stay."""
+    value = tl.load(source + at, mask=at < words, cache_modifier=".cg")
+    tl.store(target + at, value, mask=at < words)
+
+
+def _options(width: int, ahead: bool) -> dict[str, int | bool]:
+    """Choose so few warps that each thread has several loads of 16 bytes in flight."""
+    block_w = triton.next_power_of_2(width)
+    return {"AHEAD": ahead, "LANES": LANES, "CHUNK": CHUNK, "BLOCK_W": block_w, "num_warps": 4}
+
+
+def _check(entries: Tensor, pool: Tensor, progress: Tensor) -> None:
+    """Assert that the shapes fit together."""
+    num_slots, row_bytes = pool.shape
+    assert entries.shape[0] == 3, "a list is [3, width]"
+    assert row_bytes % 256 == 0 and row_bytes < 2**31 - LANES * CHUNK, "rows are whole blocks of 256 bytes, under 2 GiB"
+    assert progress.shape == (num_slots, LANES), "progress is [num_slots, LANES]"
+
+
+@fetch.register_cuda
+def fetch_triton(
+    table: Tensor, num_experts: int, misses: Tensor, pool: Tensor, progress: Tensor, moved: Tensor
+) -> None:
+    """Launch the kernel of `fetch`."""
+    _check(misses, pool, progress)
+    words, width = pool.shape[1] // 4, misses.shape[1]
+    _fetch_kernel[(LANES,)](
+        table,
+        misses,
+        pool.view(torch.int32),
+        progress,
+        None,
+        None,
+        moved,
+        moved[2:],
+        num_experts,
+        words,
+        width,
+        **_options(width, False),
+    )
+
+
+@fetch_ahead.register_cuda
+def fetch_ahead_triton(
+    table: Tensor,
+    num_experts: int,
+    ahead: Tensor,
+    pool: Tensor,
+    progress: Tensor,
+    clock: Tensor,
+    issued: Tensor,
+    moved: Tensor,
+) -> None:
+    """Launch the kernel of `fetch_ahead`."""
+    _check(ahead, pool, progress)
+    words, width = pool.shape[1] // 4, ahead.shape[1]
+    _fetch_kernel[(LANES,)](
+        table,
+        ahead,
+        pool.view(torch.int32),
+        progress,
+        clock,
+        issued,
+        moved[1:],
+        None,
+        num_experts,
+        words,
+        width,
+        **_options(width, True),
+    )
+
+
+def configurations(dtype: torch.dtype, capability: int) -> list[Configuration]:
+    """List what the launchers choose; rows are bytes."""
+    types = {"table": "*i64:16", "entries": "*i32:16", "pool": "*i32:16", "progress": "*i32:16", "words": "i32:16"}
+    types |= {"num_experts": "i32", "width": "i32", "copied": "*i64", "present": "*i64"}
+    demand = types | {"copied": "*i64:16", "present": "*i64:16"}
+    ahead = types | {"clock": "*i64:16", "issued": "*i64:16", "copied": "*i64"}
+    del ahead["present"]
+    return [
+        Configuration(_fetch_kernel, demand, _options(512, False), wide_loads=True),
+        Configuration(_fetch_kernel, ahead, _options(64, True), wide_loads=True),
+    ]

@@ -24,7 +24,7 @@ from duomoe.kernels.configuration import Configuration, shared_memory
 
 CAPABILITIES = [80, 86, 89, 90, 100, 120]
 DTYPES = [torch.bfloat16, torch.float16]
-WITHOUT_DTYPE = ["permute"]
+WITHOUT_DTYPE = ["admit", "fetch", "permute"]
 MODULES = ["attention", "combine", "expert_gemv", "grouped_gemm", "rms_norm", "rope", "router", *WITHOUT_DTYPE]
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -69,8 +69,8 @@ def problems(configuration: Configuration, capability: int) -> list[str]:
     if configuration.wide_loads:
         options = configuration.options
         wide = re.findall(r"cp\.async\.cg\.|ld\.global\S*\.v4\.b32", ptx)  # A copy by .cg has 16 bytes.
-        weights = options["BLOCK_N"] * options["BLOCK_K"] * 2 // 16
-        if len(wide) < weights // (32 * options["num_warps"]) or "cp.async.ca" in ptx:
+        size = options["CHUNK"] if "CHUNK" in options else options["BLOCK_N"] * options["BLOCK_K"] * 2
+        if len(wide) < size // 16 // (32 * options["num_warps"]) or "cp.async.ca" in ptx:
             found.append("does not load its weights 16 bytes at a time")
     return found
 
