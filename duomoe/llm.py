@@ -19,6 +19,7 @@ from duomoe.errors import InputError
 from duomoe.experts.format import ExpertFormat, plain_format
 from duomoe.experts.link import Traffic, open_link
 from duomoe.experts.policies import BOUNDED, Policy, Resident
+from duomoe.experts.predictor import GatePredictor
 from duomoe.experts.store import ExpertStore
 from duomoe.memory.kv_cache import PAGE_SIZE, KVCache, kv_page_bytes, pages_for
 from duomoe.models import Architecture, Model, architecture_of
@@ -144,13 +145,22 @@ class LLM:
             self.policy = Resident(model, store)
         else:
             link = open_link(device, self.engine_config.pace())
-            self.policy = BOUNDED[self.policy_name](model, store, slots, link)
+            predictor = GatePredictor(model) if self.policy_name == "duo" else None
+            self.policy = BOUNDED[self.policy_name](model, store, slots, link, predictor)
         self.max_model_len = min(self.engine_config.max_model_len or self.config.max_position, self.config.max_position)
         num_pages = self._num_pages(device, dtype)
         # Shorter than asked for only where memory does not hold one sequence of that length.
         self.max_model_len = min(self.max_model_len, num_pages * PAGE_SIZE)
         cache = KVCache(self.config, num_pages, device, dtype)
-        self.engine = Engine(model, self.policy, cache, self.eos_token_ids, self.engine_config.max_batch)
+        self.engine = Engine(
+            model,
+            self.policy,
+            cache,
+            self.eos_token_ids,
+            self.engine_config.max_batch,
+            self.max_model_len,
+            captured=True,
+        )
         self.memory = {
             "weights_bytes": model.num_bytes,
             "expert_slots_bytes": slots * expert_format.row_bytes,

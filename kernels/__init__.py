@@ -8,7 +8,7 @@ from duomoe.kernels.admit import admit, admit_ahead
 from duomoe.kernels.attention import paged_attention
 from duomoe.kernels.combine import combine
 from duomoe.kernels.expert_gemv import experts_down_gemv, experts_gate_up_gemv, gemv_splits, use_gemv
-from duomoe.kernels.fetch import fetch, fetch_ahead
+from duomoe.kernels.fetch import LANES, fetch, fetch_ahead
 from duomoe.kernels.grouped_gemm import experts_down, experts_gate_up
 from duomoe.kernels.permute import group_by_expert
 from duomoe.kernels.rms_norm import add_rms_norm, rms_norm
@@ -16,6 +16,7 @@ from duomoe.kernels.rope import rope_and_cache
 from duomoe.kernels.router import route
 
 __all__ = [
+    "LANES",
     "add_rms_norm",
     "admit",
     "admit_ahead",

@@ -55,7 +55,7 @@ def test_a_failed_step_ends_its_requests_and_no_others(
     first, second = llm.stream(prompt_of(5), params), llm.stream(prompt_of(9), params)
     tokens = [next(first).token_id]
     with monkeypatch.context() as patch:
-        patch.setattr(llm.policy, "forward", lambda *_: 1 / 0)
+        patch.setattr(llm.policy, "prefill", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             next(second)  # was admitted by the step that failed; the first was not part of it
     assert tokens + [chunk.token_id for chunk in first] == alone[0]

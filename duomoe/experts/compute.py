@@ -38,13 +38,11 @@ class ExpertSum:
         pairs = tokens * top_k
         self.few_tokens = use_gemv(tokens, top_k, num_experts)
         if self.few_tokens:
-            up_splits = gemv_splits(hidden, 2 * intermediate_size, pairs)
+            self.up_splits = gemv_splits(hidden, 2 * intermediate_size, pairs)
             down_splits = gemv_splits(intermediate_size, hidden, pairs)
-            self.gate_up = h.new_empty(up_splits, pairs, 2 * intermediate_size, dtype=torch.float32)
             self.parts = h.new_empty(down_splits, pairs, hidden, dtype=torch.float32)
         else:
             self.order, self.offsets = group_by_expert(routing.experts, num_experts)
-            self.gated = h.new_empty(pairs, intermediate_size)
             self.parts = h.new_empty(1, pairs, hidden)
 
     def wave(self, weights: Mapping[str, Tensor], slots: Tensor) -> None:
@@ -56,13 +54,35 @@ class ExpertSum:
         """
         gate_up, down, experts = weights["gate_up"], weights["down"], self.routing.experts
         if self.few_tokens:
-            experts_gate_up_gemv(self.h, gate_up, slots, experts, self.gate_up)
-            experts_down_gemv(self.gate_up, down, slots, experts, self.routing.weights, self.parts)
+            both = self.h.new_empty(self.up_splits, experts.numel(), gate_up.shape[1], dtype=torch.float32)
+            experts_gate_up_gemv(self.h, gate_up, slots, experts, both)
+            experts_down_gemv(both, down, slots, experts, self.routing.weights, self.parts)
         else:
-            experts_gate_up(self.h, gate_up, slots, self.order, self.offsets, experts.shape[1], self.gated)
-            experts_down(self.gated, down, slots, self.order, self.offsets, self.routing.weights, self.parts[0])
+            gated = self.h.new_empty(experts.numel(), down.shape[2])
+            experts_gate_up(self.h, gate_up, slots, self.order, self.offsets, experts.shape[1], gated)
+            experts_down(gated, down, slots, self.order, self.offsets, self.routing.weights, self.parts[0])
 
     def total(self) -> Tensor:
         """Return the sum, [tokens, hidden], once every expert has had its wave."""
         total: Tensor = combine(self.parts, self.routing.experts, self.h.dtype)
         return total
+
+
+class LayerSum:
+    """The sums of all chunks of a pass, for one layer: a wave is computed for every chunk while its experts are there.
+
+    Args:
+        sums: of the chunks, in order.
+    """
+
+    def __init__(self, sums: list[ExpertSum]) -> None:
+        self.sums = sums
+
+    def wave(self, weights: Mapping[str, Tensor], slots: Tensor) -> None:
+        """Compute the pairs whose experts are resident; arguments as in ExpertSum.wave."""
+        for chunk in self.sums:
+            chunk.wave(weights, slots)
+
+    def totals(self) -> list[Tensor]:
+        """Return each chunk's sum, [tokens, hidden]."""
+        return [chunk.total() for chunk in self.sums]

@@ -10,8 +10,9 @@ What stays behind is what decode starts with: of each layer the experts that its
 
 import torch
 
-from duomoe.experts.compute import ExpertSum
+from duomoe.experts.compute import LayerSum
 from duomoe.experts.residency import Residency
+from duomoe.experts.slots import ALWAYS
 from duomoe.models import Routing
 
 # Sending an expert ahead gains its transfer when it is chosen and wastes it when it is not.
@@ -60,8 +61,9 @@ class PrefillStream:
     def _can_be_spared(self, slot: int) -> bool:
         return int(self.residency.directory.last_use[slot]) <= -self.kept
 
-    def run(self, total: ExpertSum, index: int, routing: Routing) -> None:
+    def run(self, total: LayerSum, index: int, routing: Routing) -> None:
         """Compute a layer's experts, and send the next layer's when all of this one's are sent."""
+        self._note_use(index, routing)
         worth = self._worth(routing)
         needed = [expert for expert in range(self.num_experts) if worth[expert] > 0]
         chosen = set(needed)
@@ -91,3 +93,10 @@ class PrefillStream:
         experts = routing.experts.cpu().long().flatten()  # host-sync ok: prefill decides on the host what to send
         worth = torch.zeros(self.num_experts, dtype=torch.float64)
         return worth.index_add_(0, experts, use.repeat_interleave(top_k)).tolist()  # host-sync ok: is on the host
+
+    def _note_use(self, index: int, routing: Routing) -> None:
+        """Tell decode how often each expert was needed: its share of the tokens, as if a few more had chosen evenly."""
+        tokens, top_k = routing.experts.shape
+        experts = routing.experts.cpu().long().flatten()  # host-sync ok: as in `_worth`
+        share = (torch.bincount(experts, minlength=self.num_experts) + 1) / (tokens + self.num_experts / top_k)
+        self.residency.directory.use[index] = (share.clamp(max=1) * ALWAYS).int()

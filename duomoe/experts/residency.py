@@ -5,7 +5,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from duomoe.experts.compute import ExpertSum
+import torch
+
+from duomoe.experts.compute import LayerSum
 from duomoe.experts.link import Link, Traffic
 from duomoe.experts.slots import Directory, SlotPool
 from duomoe.experts.store import ExpertStore
@@ -26,7 +28,7 @@ class Residency:
 
     def __init__(self, store: ExpertStore, pool: SlotPool, link: Link, traffic: Traffic) -> None:
         self.store, self.pool, self.link, self.traffic = store, pool, link, traffic
-        self.directory = Directory(len(store.layers), store.num_experts, len(pool))
+        self.directory = Directory(len(store.layers), store.num_experts, len(pool), torch.device("cpu"))
         self.clock = 0
         self._pinned: set[int] = set()  # slots that may not be given away now
         self._copies: dict[int, Any] = {}  # of slots whose expert has not been waited for
@@ -70,9 +72,7 @@ class Residency:
         """Let an expert's slot be given away again, though it was not computed."""
         self._pinned.discard(self._slot(index, expert))
 
-    def compute(
-        self, total: ExpertSum, index: int, experts: list[int], stamps: Mapping[int, int] | None = None
-    ) -> None:
+    def compute(self, total: LayerSum, index: int, experts: list[int], stamps: Mapping[int, int] | None = None) -> None:
         """Compute one wave: wait for these experts of a layer, add them to its sum, and let their slots go.
 
         Args:
@@ -95,7 +95,7 @@ class Residency:
 
     def run(
         self,
-        total: ExpertSum,
+        total: LayerSum,
         index: int,
         needed: list[int],
         cause: str,
@@ -145,6 +145,17 @@ class Residency:
             send()
             if not absent:
                 after_wave()
+
+    def settle(self) -> None:
+        """Wait for all copies that are on their way, whoever they are for."""
+        for slot in list(self._copies):
+            self.link.wait(self._copies.pop(slot))
+        self._pinned.clear()
+
+    def vacate_unproven(self) -> None:
+        """Empty the slots whose rows may be there in part only."""
+        for slot in self.directory.unproven.nonzero().flatten().tolist():  # host-sync ok: the directory is on the host
+            self.directory.vacate(slot)
 
     def forget(self) -> None:
         """Empty all slots."""

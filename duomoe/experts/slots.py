@@ -22,21 +22,42 @@ class SlotPool:
         return self.rows.shape[0]
 
 
+# `Directory.use` of an expert that every step needs.
+ALWAYS = 65536
+
+
 class Directory:
     """Which expert is in which slot. A slot has at most one owner, and an expert at most one slot.
 
-    Kept on the host, where the schedules that change it run; kernels get the slots of one wave (`slots`).
+    Prefill decides on the host, decode on the device, each by a directory of its own; whoever begins takes over what the
+    other has left (`copy_from`). Kernels change the tensors in place (kernels/admit.py); the methods are the host's.
 
     Attributes:
         slot_of: int32 [layers, experts], -1 where the expert is absent.
         owner_of: int32 [num_slots], `layer * experts + expert`, -1 where the slot is empty.
         last_use: int64 [num_slots], larger is later; the slot with the smallest is the first to be given away.
+        unproven: int32 [num_slots], 1 where the expert was sent ahead by decode and no layer has needed it since; its
+            row may be there in part.
+        use: int32 [layers, experts], of how many steps in `ALWAYS` the expert was needed, lately.
+        clock: int64 [1], counts decode's waves.
     """
 
-    def __init__(self, num_layers: int, num_experts: int, num_slots: int) -> None:
-        self.slot_of = torch.full((num_layers, num_experts), -1, dtype=torch.int32)
-        self.owner_of = torch.full((num_slots,), -1, dtype=torch.int32)
-        self.last_use = torch.zeros(num_slots, dtype=torch.int64)
+    def __init__(self, num_layers: int, num_experts: int, num_slots: int, device: torch.device) -> None:
+        def filled(value: int, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.full(shape, value, dtype=dtype, device=device)
+
+        self.device = device
+        self.slot_of = filled(-1, num_layers, num_experts)
+        self.owner_of = filled(-1, num_slots)
+        self.last_use = filled(0, num_slots, dtype=torch.int64)
+        self.unproven = filled(0, num_slots)
+        self.use = filled(0, num_layers, num_experts)
+        self.clock = filled(0, 1, dtype=torch.int64)
+
+    def copy_from(self, other: "Directory") -> None:
+        """Take over another directory's contents, wherever it is."""
+        for name in ("slot_of", "owner_of", "last_use", "unproven", "use", "clock"):
+            getattr(self, name).copy_(getattr(other, name))
 
     def find(self, layer: int, expert: int) -> int | None:
         """Return the expert's slot, or None."""
@@ -60,6 +81,7 @@ class Directory:
         if (owner := self.owner(slot)) is not None:
             self.slot_of[owner] = -1
             self.owner_of[slot] = -1
+        self.unproven[slot] = 0
 
     def slots(self, layer: int, experts: list[int], device: torch.device) -> Tensor:
         """Return int32 [experts] on a device: the slots of these experts of a layer, -1 for all others."""

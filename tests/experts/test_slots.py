@@ -32,7 +32,7 @@ def test_views_cover_a_row_without_overlap(hidden: int, inner: int, dtype: torch
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9), st.integers(0, 4)), max_size=60))
 @settings(deadline=None)
 def test_slot_of_and_owner_of_are_inverse(steps: list[tuple[int, int, int]]) -> None:
-    directory = Directory(4, 10, 5)
+    directory = Directory(4, 10, 5, torch.device("cpu"))
     model: dict[int, tuple[int, int]] = {}  # slot -> owner
     for layer, expert, slot in steps:
         if (layer, expert) in model.values():

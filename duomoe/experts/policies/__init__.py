@@ -1,12 +1,13 @@
 """The policies, one file each; they share all else, so that comparing them compares schedules."""
 
 from duomoe.experts.policies.bounded import BoundedPolicy
+from duomoe.experts.policies.duo import Duo
 from duomoe.experts.policies.lru import Lru
 from duomoe.experts.policies.on_demand import OnDemand
 from duomoe.experts.policies.policy import Policy
 from duomoe.experts.policies.resident import Resident
 
 # Those that run with fewer slots than experts.
-BOUNDED: dict[str, type[BoundedPolicy]] = {"on_demand": OnDemand, "lru": Lru}
+BOUNDED: dict[str, type[BoundedPolicy]] = {"on_demand": OnDemand, "lru": Lru, "duo": Duo}
 
 __all__ = ["BOUNDED", "Policy", "Resident"]
