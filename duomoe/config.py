@@ -21,6 +21,7 @@ class EngineConfig:
     policy: str = "auto"  # auto (resident where every expert has a slot, else lru), or a policy's name
     expert_memory: str | int | None = None  # of expert slots on the device: bytes or a size as "2GiB"; None: no limit
     compile: str = "auto"  # torch.compile for the non-expert layers: auto (on for CUDA), on, off
+    graph: bool = True  # decode steps as CUDA graphs, on CUDA
     link_bandwidth: str | int | None = None  # pace the CPU's link: bytes per second or a size as "25GB/s"
     link_latency: str | float = 0.0  # of each copy over a paced link: seconds or a time as "10us"
     max_batch: int = 8  # sequences decoded together

@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     running.add_argument("--link-bandwidth", metavar="RATE", help="pace the link of a CPU to this, as 25GB/s")
     running.add_argument("--link-latency", default="0us", metavar="TIME", help="of a copy over a paced link, as 10us")
     running.add_argument("--compile", default="auto", help="torch.compile: auto (default: on for CUDA), on or off")
+    running.add_argument("--no-graph", action="store_true", help="do not run decode steps as CUDA graphs")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of streaming text")
     return p
 
@@ -80,6 +81,7 @@ def _run(args: argparse.Namespace) -> None:
         policy=args.policy,
         expert_memory=args.expert_memory,
         compile=args.compile,
+        graph=not args.no_graph,
         link_bandwidth=args.link_bandwidth,
         link_latency=args.link_latency,
     )

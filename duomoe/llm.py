@@ -159,7 +159,7 @@ class LLM:
             self.eos_token_ids,
             self.engine_config.max_batch,
             self.max_model_len,
-            captured=True,
+            captured=self.engine_config.graph,
         )
         self.memory = {
             "weights_bytes": model.num_bytes,

@@ -23,8 +23,8 @@ from duomoe.models import Routing
 # probability on.
 WORTH_SENDING = 0.5
 
-# How many absent experts one layer may send ahead: more do not cross while a layer computes, but each costs a slot.
-SENT_AHEAD = 2
+# How many absent experts one layer may send ahead: each costs a slot, and a slow link does not bring a second one in time.
+SENT_AHEAD = 1
 
 
 class _Demand:

@@ -153,7 +153,7 @@ class HostLink(Link):
         return copy if copy.arrived.is_set() else self._queue(copy, self._ahead)
 
     def recall(self) -> None:
-        """Stop all copies that were sent ahead, but for the piece that is on its way, which comes before all later ones."""
+        """Stop all copies that were sent ahead; a piece that is on its way comes before whatever is sent later."""
         with self._changed:
             self._ahead.clear()
 
@@ -207,7 +207,7 @@ class HostLink(Link):
             self._finish(copy)
 
     def _next(self) -> tuple[Copy, int, bool] | None:
-        """Wait for work; return a copy, which stays in its queue, how many bytes to move, and whether ahead of need."""
+        """Wait for work; return a copy, which stays in its queue, how many bytes to move, and if ahead of need."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._urgent or self._ahead)
             if self._closed:

@@ -66,14 +66,13 @@ class PrefillStream:
         self._note_use(index, routing)
         worth = self._worth(routing)
         needed = [expert for expert in range(self.num_experts) if worth[expert] > 0]
-        chosen = set(needed)
         ranked = sorted(range(self.num_experts), key=lambda expert: -worth[expert])
         stamps = {expert: -rank for rank, expert in enumerate(ranked)}
+        unneeded = set(ranked) - set(needed)
+        self.residency.release(index, unneeded)
         directory = self.residency.directory
-        for expert in range(self.num_experts):
-            slot = directory.find(index, expert)
-            if slot is not None and expert not in chosen:
-                self.residency.release(index, expert)
+        for expert in unneeded:
+            if (slot := directory.find(index, expert)) is not None:
                 directory.last_use[slot] = stamps[expert]
         self.residency.run(
             total,

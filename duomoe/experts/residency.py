@@ -32,6 +32,7 @@ class Residency:
         self.clock = 0
         self._pinned: set[int] = set()  # slots that may not be given away now
         self._copies: dict[int, Any] = {}  # of slots whose expert has not been waited for
+        self._unused: set[int] = set()  # slots whose expert was prefetched and not needed since
         self._marks: list[Any] = [None] * len(pool)  # behind the last computation that read each slot
         weakref.finalize(self, link.close).atexit = False  # the link's thread ends with the last user of its slots
 
@@ -58,6 +59,9 @@ class Residency:
         self._copies[slot] = self.link.send(row, self.pool.rows[slot], self._marks[slot])
         self.directory.place(index, expert, slot)
         self._pinned.add(slot)
+        self._unused.discard(slot)
+        if cause == "prefetched_bytes":
+            self._unused.add(slot)
         setattr(self.traffic, cause, getattr(self.traffic, cause) + row.nbytes)
         return True
 
@@ -68,9 +72,11 @@ class Residency:
         # An empty slot goes before any other.
         return min(found, key=lambda slot: (owners[slot] >= 0, last_use[slot]), default=None)
 
-    def release(self, index: int, expert: int) -> None:
-        """Let an expert's slot be given away again, though it was not computed."""
-        self._pinned.discard(self._slot(index, expert))
+    def release(self, index: int, experts: Iterable[int]) -> None:
+        """Let the slots of a layer's experts be given away again, though they were not computed."""
+        for expert in experts:
+            if (slot := self.directory.find(index, expert)) is not None:
+                self._pinned.discard(slot)
 
     def compute(self, total: LayerSum, index: int, experts: list[int], stamps: Mapping[int, int] | None = None) -> None:
         """Compute one wave: wait for these experts of a layer, add them to its sum, and let their slots go.
@@ -123,6 +129,9 @@ class Residency:
             slot = self.directory.find(index, expert)
             if slot is not None:
                 self._pinned.add(slot)
+                if slot in self._unused:
+                    self._unused.remove(slot)
+                    self.traffic.prefetch_used_bytes += self.pool.rows.shape[1]
                 (coming if slot in self._copies else here).append(expert)
 
         def send() -> None:
@@ -160,6 +169,7 @@ class Residency:
     def forget(self) -> None:
         """Empty all slots."""
         self._pinned.clear()
+        self._unused.clear()
         self._copies.clear()
         for slot in range(len(self.pool)):
             self.directory.vacate(slot)

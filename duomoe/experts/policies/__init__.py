@@ -2,12 +2,20 @@
 
 from duomoe.experts.policies.bounded import BoundedPolicy
 from duomoe.experts.policies.duo import Duo
+from duomoe.experts.policies.layer_prefetch import LayerPrefetch
 from duomoe.experts.policies.lru import Lru
+from duomoe.experts.policies.moe_infinity import MoeInfinity
 from duomoe.experts.policies.on_demand import OnDemand
 from duomoe.experts.policies.policy import Policy
 from duomoe.experts.policies.resident import Resident
 
 # Those that run with fewer slots than experts.
-BOUNDED: dict[str, type[BoundedPolicy]] = {"on_demand": OnDemand, "lru": Lru, "duo": Duo}
+BOUNDED: dict[str, type[BoundedPolicy]] = {
+    "on_demand": OnDemand,
+    "layer_prefetch": LayerPrefetch,
+    "moe_infinity": MoeInfinity,
+    "lru": Lru,
+    "duo": Duo,
+}
 
 __all__ = ["BOUNDED", "Policy", "Resident"]

@@ -80,7 +80,7 @@ class Policy(ABC):
 
     @abstractmethod
     def experts(self, index: int, inputs: list[Tensor], routings: list[Routing]) -> list[Tensor]:
-        """Return the routed experts' weighted sums, [tokens, hidden] for each chunk, in the MoE layer of that number."""
+        """Return the routed experts' weighted sums in a MoE layer, [tokens, hidden] for each chunk."""
 
     def traffic_so_far(self) -> Traffic:
         """Return a copy of the counts; may wait for the device."""
