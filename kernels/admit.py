@@ -347,9 +347,9 @@ def _(
 
 @triton.jit
 def _keys(
-    slot: tl.tensor,
+    keys: tl.tensor,
     now: tl.tensor,
-    slot_owner: tl.tensor,
+    owner_of: tl.tensor,
     last_use: tl.tensor,
     unproven: tl.tensor,
     use: tl.tensor,
@@ -361,22 +361,29 @@ def _keys(
     PREDICTED: tl.constexpr,
     ONE: tl.constexpr,
     EMPTY: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ) -> tl.tensor:
-    """Load the directory and return every slot's key, -1 for those that may not be given away."""
-    inside = slot < num_slots
-    used = tl.load(last_use + slot, mask=inside, other=now)
-    age = tl.minimum(now - used, EMPTY - 1).to(tl.int32)
-    tl.debug_barrier()  # One load after the other: all of them at once would not fit into the registers.
-    owner = tl.load(slot_owner + slot, mask=inside, other=-1)
-    if PREDICTED:
-        often = tl.maximum(tl.load(use + owner, mask=owner >= 0, other=ONE), 1)
-        distance = (owner // num_experts - layer - 1 + num_layers) % num_layers + 1
-        tl.debug_barrier()
-        soon = (tl.load(unproven + slot, mask=inside, other=0) != 0) & (distance <= horizon)
-        key = distance + tl.where(soon, 0, num_layers * (ONE // often - 1))
-    else:
-        key = age
-    return tl.where(age == 0, -1, tl.where(owner < 0, EMPTY, key))
+    """Return [BLOCK_S] every slot's key, -1 for those that may not be given away.
+
+    They go through memory, `keys`, a block at a time: what all of them are computed from would not fit into registers.
+    """
+    for start in range(0, num_slots, BLOCK):
+        slot = start + tl.arange(0, BLOCK)
+        inside = slot < num_slots
+        owner = tl.load(owner_of + slot, mask=inside, other=-1)
+        used = tl.load(last_use + slot, mask=inside, other=0)
+        if PREDICTED:
+            distance = (owner // num_experts - layer - 1 + num_layers) % num_layers + 1
+            often = tl.maximum(tl.load(use + owner, mask=owner >= 0, other=ONE), 1)
+            soon = (tl.load(unproven + slot, mask=inside, other=0) != 0) & (distance <= horizon)
+            key = distance + tl.where(soon, 0, num_layers * (ONE // often - 1))
+        else:
+            key = tl.minimum(now - used, EMPTY - 1).to(tl.int32)
+        tl.store(keys + slot, tl.where(used == now, -1, tl.where(owner < 0, EMPTY, key)), mask=inside)
+    tl.debug_barrier()
+    every = tl.arange(0, BLOCK_S)
+    return tl.load(keys + every, mask=every < num_slots, other=-1)
 
 
 @triton.jit
@@ -392,6 +399,7 @@ def _admit_kernel(
     counts: tl.tensor,
     slots: tl.tensor,
     misses: tl.tensor,
+    keys: tl.tensor,
     pairs: tl.tensor,
     layer: tl.tensor,
     horizon: tl.tensor,
@@ -404,6 +412,7 @@ def _admit_kernel(
     ONE: tl.constexpr,
     RATE: tl.constexpr,
     EMPTY: tl.constexpr,
+    BLOCK: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -440,7 +449,7 @@ def _admit_kernel(
     if missing > 0:
         candidate = tl.arange(0, BLOCK_S)
         key = _keys(
-            candidate,
+            keys,
             now,
             owner_of,
             last_use,
@@ -454,6 +463,8 @@ def _admit_kernel(
             PREDICTED,
             ONE,
             EMPTY,
+            BLOCK,
+            BLOCK_S,
         )
         free = tl.sum((key >= 0).to(tl.int32), 0)
         for number in range(tl.minimum(tl.minimum(missing, free), width - resumes)):
@@ -512,6 +523,7 @@ def _admit_ahead_kernel(
     clock: tl.tensor,
     ahead: tl.tensor,
     issued: tl.tensor,
+    keys: tl.tensor,
     width: tl.tensor,
     limit: tl.tensor,
     layer: tl.tensor,
@@ -522,6 +534,7 @@ def _admit_ahead_kernel(
     PREDICTED: tl.constexpr,
     ONE: tl.constexpr,
     EMPTY: tl.constexpr,
+    BLOCK: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ) -> None:
@@ -543,7 +556,7 @@ def _admit_ahead_kernel(
     if goal > 0:
         candidate = tl.arange(0, BLOCK_S)
         key = _keys(
-            candidate,
+            keys,
             now,
             owner_of,
             last_use,
@@ -557,6 +570,8 @@ def _admit_ahead_kernel(
             PREDICTED,
             ONE,
             EMPTY,
+            BLOCK,
+            BLOCK_S,
         )
         free = tl.sum((key >= 0).to(tl.int32), 0) - tl.sum(spared.to(tl.int32), 0)
         goal = tl.minimum(goal, free)
@@ -588,11 +603,11 @@ def _block(size: int) -> int:
 
 
 def _options(num_slots: int, width: int, predicted: bool) -> dict[str, int | bool]:
-    """Choose as many warps as leave each thread at most 32 slots' keys, which it keeps in registers."""
+    """Choose so many warps that a thread's share of the keys, at most 32 up to 16,384 slots, stays in registers."""
     block_s = _block(num_slots)
-    warps = min(max(4, block_s // 512), 32)
-    options = {"BLOCK_S": block_s, "BLOCK_W": _block(width), "PREDICTED": predicted, "num_warps": warps}
-    return options | {"ONE": ONE, "EMPTY": EMPTY}
+    warps = min(max(4, block_s // 512), 16)
+    blocks = {"BLOCK": min(block_s, 256 * warps), "BLOCK_S": block_s, "BLOCK_W": _block(width)}
+    return blocks | {"PREDICTED": predicted, "ONE": ONE, "EMPTY": EMPTY, "num_warps": warps}
 
 
 def _admit_options(
@@ -637,6 +652,7 @@ def admit_triton(
         counts,
         slots,
         misses,
+        torch.empty_like(owner_of),
         pairs,
         layer,
         horizon,
@@ -678,6 +694,7 @@ def admit_ahead_triton(
         clock,
         ahead,
         issued,
+        torch.empty_like(owner_of),
         width,
         limit,
         layer,
@@ -691,7 +708,7 @@ def admit_ahead_triton(
 
 def configurations(dtype: torch.dtype, capability: int) -> list[Configuration]:
     """List what the launchers choose for few and for the most slots; the directory has no float dtype."""
-    names = ("pending", "slot_of", "owner_of", "unproven", "use", "slots", "misses")
+    names = ("pending", "slot_of", "owner_of", "unproven", "use", "slots", "misses", "keys")
     types = {name: "*i32:16" for name in names} | {name: "*i64:16" for name in ("last_use", "clock")}
     types |= {name: "i32" for name in ("layer", "horizon", "num_layers", "num_experts", "num_slots", "width")}
     admitting = types | {"experts": "*i32:16", "counts": "*i64:16", "pairs": "i32"}
