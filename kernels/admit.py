@@ -607,7 +607,7 @@ def _options(num_slots: int, width: int, predicted: bool) -> dict[str, int | boo
     block_s = _block(num_slots)
     warps = min(max(4, block_s // 512), 16)
     blocks = {"BLOCK": min(block_s, 256 * warps), "BLOCK_S": block_s, "BLOCK_W": _block(width)}
-    return blocks | {"PREDICTED": predicted, "ONE": ONE, "EMPTY": EMPTY, "num_warps": warps}
+    return blocks | {"PREDICTED": predicted, "ONE": ONE, "EMPTY": EMPTY, "num_warps": warps, "maxnreg": 128}
 
 
 def _admit_options(

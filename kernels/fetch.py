@@ -16,7 +16,7 @@ from torch import Tensor
 from duomoe.kernels.configuration import Configuration
 from duomoe.kernels.operator import operator
 
-LANES = 64
+LANES = 32
 """How many programs copy side by side: with a chunk each in flight, several times what hides a link's latency."""
 
 CHUNK = 16384
