@@ -603,7 +603,10 @@ def _block(size: int) -> int:
 
 
 def _options(num_slots: int, width: int, predicted: bool) -> dict[str, int | bool]:
-    """Choose so many warps that a thread's share of the keys, at most 32 up to 16,384 slots, stays in registers."""
+    """Choose so many warps that a thread's share of the keys, at most 32 up to 16,384 slots, stays in registers.
+
+    As many registers as 16 warps can have are stated, because the compiler would rather spill than take them.
+    """
     block_s = _block(num_slots)
     warps = min(max(4, block_s // 512), 16)
     blocks = {"BLOCK": min(block_s, 256 * warps), "BLOCK_S": block_s, "BLOCK_W": _block(width)}
@@ -717,8 +720,10 @@ def configurations(dtype: torch.dtype, capability: int) -> list[Configuration]:
     placing |= {"candidates": "*i32:16", "ahead": "*i32:16", "issued": "*i64:16", "limit": "i32"}
     return [
         Configuration(_admit_kernel, admitting, _admit_options(8, 60, 400, 8, True, False)),
+        Configuration(_admit_kernel, admitting, _admit_options(64, 128, 4000, 64, True, True)),
+        Configuration(_admit_kernel, admitting, _admit_options(8, 8, 8000, 8, False, True)),
         Configuration(_admit_kernel, admitting, _admit_options(2048, 512, 16384, 512, True, True)),
-        Configuration(_admit_kernel, admitting, _admit_options(2048, 512, 16384, 512, False, True)),
-        Configuration(_admit_ahead_kernel, placing, _options(16384, 64, True)),
         Configuration(_admit_ahead_kernel, placing, _options(400, 8, False)),
+        Configuration(_admit_ahead_kernel, placing, _options(4000, 64, True)),
+        Configuration(_admit_ahead_kernel, placing, _options(16384, 64, True)),
     ]
