@@ -34,6 +34,8 @@ def _check(num_pairs: int, pending: Tensor, slot_of: Tensor, owner_of: Tensor, s
 
 
 def _victims(
+    free: Tensor,
+    count: int,
     layer: int,
     predicted: bool,
     horizon: int,
@@ -42,30 +44,38 @@ def _victims(
     last_use: Tensor,
     unproven: Tensor,
     use: Tensor,
-    now: int,
+    clock: Tensor,
 ) -> list[int]:
-    """Return the slots that were not used in this wave, those to be given away first in front; see `admit`."""
-    num_layers, num_experts = slot_of.shape
+    """Return the slots to give away, at most `count` of those that are `free`, in order; see `admit`."""
+    (num_layers, num_experts), num_slots = slot_of.shape, len(owner_of)
     if predicted:
         distance = (owner_of // num_experts - layer - 1) % num_layers + 1
         often = use.view(-1)[owner_of.clamp(min=0)].clamp(min=1)
-        key = distance + num_layers * (ONE // often - 1)
-        key = torch.where((unproven != 0) & (distance <= horizon), distance, key)
+        soon = (unproven != 0) & (distance <= horizon)
+        key = torch.where(soon, distance, distance + num_layers * (ONE // often - 1))
     else:
-        key = (now - last_use).clamp(max=EMPTY - 1)
-    order = torch.where(owner_of < 0, EMPTY, key).sort(descending=True, stable=True).indices
-    victims: list[int] = order[last_use[order] != now].tolist()  # host-sync ok: the reference runs on the CPU
+        key = (clock - last_use).clamp(max=EMPTY - 1)
+    # One number to order by: the key, and of equal ones the lower slot.
+    order = torch.where(owner_of < 0, EMPTY, key).long() * num_slots + torch.arange(num_slots - 1, -1, -1)
+    best = torch.where(free, order, -1).topk(min(count, num_slots))
+    victims: list[int] = best.indices[best.values >= 0].tolist()  # host-sync ok: the reference runs on the CPU
     return victims
 
 
-def _give(expert: int, slot: int, slot_of: Tensor, owner_of: Tensor) -> None:
-    """Make an expert, by its flat number, the owner of a slot."""
-    where = slot_of.view(-1)
-    previous = int(owner_of[slot])  # host-sync ok: the reference runs on the CPU
-    if previous >= 0:
-        where[previous] = -1
-    where[expert] = slot
-    owner_of[slot] = expert
+def _give(experts: list[int], slots: list[int], slot_of: Tensor, owner_of: Tensor) -> None:
+    """Make experts, by their flat numbers, the owners of slots."""
+    where, owners = slot_of.view(-1), torch.tensor(experts, dtype=torch.int32)
+    previous = owner_of[slots]
+    where[previous[previous >= 0]] = -1
+    where[owners] = torch.tensor(slots, dtype=torch.int32)
+    owner_of[slots] = owners
+
+
+def _store_columns(to: Tensor, entries: list[tuple[int, int, int]]) -> None:
+    """Store entries as the first columns of a [3, width] list, and -1 behind them."""
+    to.fill_(-1)
+    if entries:
+        to[:, : len(entries)] = torch.tensor(entries, dtype=torch.int32).T
 
 
 def admit_reference(
@@ -87,40 +97,42 @@ def admit_reference(
 ) -> None:
     """Compute `admit` with plain PyTorch."""
     _check(experts.numel(), pending, slot_of, owner_of, slots, misses)
+    num_experts, width = slot_of.shape[1], misses.shape[1]
     if first:
         pending.zero_()
         pending[experts[experts >= 0]] = 1
-        use[layer] += (ONE >> RATE) * pending - (use[layer] >> RATE)
+        often = use[layer]
+        often.sub_(often >> RATE).add_(pending, alpha=ONE >> RATE)
     clock += 1
-    now = int(clock)  # host-sync ok: the reference runs on the CPU
+    wanted = pending.nonzero()[:, 0].tolist()  # host-sync ok: the reference runs on the CPU
+    where, partial = slot_of[layer].tolist(), unproven.tolist()  # host-sync ok: the reference runs on the CPU
+    here = [expert for expert in wanted if where[expert] >= 0]
+    resumed = [expert for expert in here if partial[where[expert]]]
+    last_use[[where[expert] for expert in here]] = clock
+
+    placed: list[int] = []
+    if len(here) < len(wanted):
+        absent = [expert for expert in wanted if where[expert] < 0][: width - len(resumed)]
+        rule = (layer, predicted, horizon, slot_of, owner_of, last_use, unproven, use, clock)
+        victims = _victims(last_use != clock, len(absent), *rule)
+        placed = absent[: len(victims)]
+        _give([layer * num_experts + expert for expert in placed], victims, slot_of, owner_of)
+        for expert, slot in zip(placed, victims, strict=True):
+            where[expert] = slot
+        last_use[victims] = clock
+    fetched = resumed + placed
+    if fetched:
+        unproven[[where[expert] for expert in fetched]] = 0
+    pending.zero_()
+    if left := set(wanted).difference(here, placed):
+        pending[list(left)] = 1
+    counts += torch.tensor([len(here), len(placed)])
+
     slots.fill_(-1)
-    misses.fill_(-1)
-
-    wanted = pending.nonzero().flatten()
-    where = slot_of[layer, wanted]
-    here, absent = wanted[where >= 0], wanted[where < 0].tolist()  # host-sync ok: the reference runs on the CPU
-    found = where[where >= 0]
-    partial = unproven[found] != 0
-    slots[0, here] = torch.where(partial, -1, found)
-    slots[1, here] = torch.where(partial, found, -1)
-    last_use[found] = now
-    unproven[found] = 0
-    pending[here] = 0
-    counts[0] += len(here)
-
-    flat, base = slot_of.view(-1), layer * slot_of.shape[1]
-    entries = [[base + expert, int(flat[base + expert]), 1] for expert in here[partial].tolist()]  # host-sync ok
-    if absent:
-        victims = _victims(layer, predicted, horizon, slot_of, owner_of, last_use, unproven, use, now)
-        room = misses.shape[1] - len(entries)
-        for expert, slot in list(zip(absent, victims, strict=False))[:room]:
-            _give(base + expert, slot, slot_of, owner_of)
-            last_use[slot], unproven[slot] = now, 0
-            slots[1, expert], pending[expert] = slot, 0
-            counts[1] += 1
-            entries.append([base + expert, slot, 0])
-    if entries:
-        misses[:, : len(entries)] = torch.tensor(entries, dtype=torch.int32).T
+    served = here + placed
+    rows = [int(expert in fetched) for expert in served]
+    slots[rows, served] = torch.tensor([where[expert] for expert in served], dtype=torch.int32)
+    _store_columns(misses, [(layer * num_experts + e, where[e], int(e in resumed)) for e in fetched])
 
 
 @operator(
@@ -241,29 +253,26 @@ def admit_ahead_reference(
     issued: Tensor,
 ) -> None:
     """Compute `admit_ahead` with plain PyTorch."""
-    now = int(clock)  # host-sync ok: the reference runs on the CPU
     issued.copy_(clock)
-    ahead.fill_(-1)
-
-    wanted = list(dict.fromkeys(candidates[candidates >= 0].tolist()))  # host-sync ok: the reference runs on the CPU
-    where = slot_of.view(-1)[wanted].tolist()  # host-sync ok: the reference runs on the CPU
-    victims = []
-    if limit > 0 and -1 in where:
-        victims = _victims(layer, predicted, horizon, slot_of, owner_of, last_use, unproven, use, now)
-    free = iter([slot for slot in victims if slot not in where][:limit])
-    entries = []
-    for expert, slot in zip(wanted, where, strict=True):
-        if slot < 0:
-            slot = next(free, -1)
-            if slot < 0:
-                continue
-            _give(expert, slot, slot_of, owner_of)
-            last_use[slot], unproven[slot] = now, 1
-            entries.append([expert, slot, 0])
-        elif unproven[slot]:  # host-sync ok: the reference runs on the CPU
-            entries.append([expert, slot, 1])
-    if entries:
-        ahead[:, : len(entries)] = torch.tensor(entries, dtype=torch.int32).T
+    listed = candidates.tolist()  # host-sync ok: the reference runs on the CPU
+    wanted = [expert for expert in dict.fromkeys(listed) if expert >= 0]
+    found = slot_of.view(-1)[wanted].tolist()  # host-sync ok: the reference runs on the CPU
+    where = dict(zip(wanted, found, strict=True))
+    partial = unproven.tolist()  # host-sync ok: the reference runs on the CPU
+    resumed = [expert for expert in wanted if where[expert] >= 0 and partial[where[expert]]]
+    placed = [expert for expert in wanted if where[expert] < 0][:limit]
+    if placed:
+        free = last_use != clock
+        free[[slot for slot in found if slot >= 0]] = False
+        rule = (layer, predicted, horizon, slot_of, owner_of, last_use, unproven, use, clock)
+        victims = _victims(free, len(placed), *rule)
+        placed = placed[: len(victims)]
+        _give(placed, victims, slot_of, owner_of)
+        where.update(zip(placed, victims, strict=True))
+        last_use[victims] = clock
+        unproven[victims] = 1
+    entered = [expert for expert in wanted if expert in resumed or expert in placed]
+    _store_columns(ahead, [(expert, where[expert], int(expert in resumed)) for expert in entered])
 
 
 @operator(mutates_args=("slot_of", "owner_of", "last_use", "unproven", "ahead", "issued"))
@@ -603,11 +612,14 @@ def _block(size: int) -> int:
 
 
 def _options(num_slots: int, width: int, predicted: bool) -> dict[str, int | bool]:
-    """Choose so many warps that a thread's share of the keys, at most 32 up to 16,384 slots, stays in registers."""
+    """Choose so many warps that a thread's share of the keys, at most 32 up to 16,384 slots, stays in registers.
+
+    As many registers as 16 warps can have are stated, because the compiler would rather spill than take them.
+    """
     block_s = _block(num_slots)
     warps = min(max(4, block_s // 512), 16)
     blocks = {"BLOCK": min(block_s, 256 * warps), "BLOCK_S": block_s, "BLOCK_W": _block(width)}
-    return blocks | {"PREDICTED": predicted, "ONE": ONE, "EMPTY": EMPTY, "num_warps": warps}
+    return blocks | {"PREDICTED": predicted, "ONE": ONE, "EMPTY": EMPTY, "num_warps": warps, "maxnreg": 128}
 
 
 def _admit_options(
@@ -717,8 +729,10 @@ def configurations(dtype: torch.dtype, capability: int) -> list[Configuration]:
     placing |= {"candidates": "*i32:16", "ahead": "*i32:16", "issued": "*i64:16", "limit": "i32"}
     return [
         Configuration(_admit_kernel, admitting, _admit_options(8, 60, 400, 8, True, False)),
+        Configuration(_admit_kernel, admitting, _admit_options(64, 128, 4000, 64, True, True)),
+        Configuration(_admit_kernel, admitting, _admit_options(8, 8, 8000, 8, False, True)),
         Configuration(_admit_kernel, admitting, _admit_options(2048, 512, 16384, 512, True, True)),
-        Configuration(_admit_kernel, admitting, _admit_options(2048, 512, 16384, 512, False, True)),
-        Configuration(_admit_ahead_kernel, placing, _options(16384, 64, True)),
         Configuration(_admit_ahead_kernel, placing, _options(400, 8, False)),
+        Configuration(_admit_ahead_kernel, placing, _options(4000, 64, True)),
+        Configuration(_admit_ahead_kernel, placing, _options(16384, 64, True)),
     ]

@@ -16,7 +16,7 @@ from torch import Tensor
 from duomoe.kernels.configuration import Configuration
 from duomoe.kernels.operator import operator
 
-LANES = 64
+LANES = 32
 """How many programs copy side by side: with a chunk each in flight, several times what hides a link's latency."""
 
 CHUNK = 16384
@@ -68,7 +68,7 @@ def fetch_reference(
 
 @operator(mutates_args=("pool", "progress", "moved"))
 def fetch(table: Tensor, num_experts: int, misses: Tensor, pool: Tensor, progress: Tensor, moved: Tensor) -> None:
-    """Copy the rows that a layer waits for into their slots.
+    """Copy the rows that a layer waits for into their slots. A fetch ahead into the same pool must have ended.
 
     Args:
         table: [layers] int64, the address of each layer's rows, uint8 [num_experts, row_bytes], as the device sees it;
@@ -188,12 +188,14 @@ def _fetch_kernel(
         target = pool + slot * words
         reached = progress + slot * LANES + lane
         begin = tl.where(tl.load(entries + 2 * width + entry) > 0, tl.load(reached), 0)
-        # All threads must have read how far the lane had come before one of them says how far it comes now.
+        # All threads must have read how far the lane had come before one of them says how far it has come now.
         tl.debug_barrier()
         done = begin
         if AHEAD:
-            # An atomic addition, because one thread does it and tells the others: each would see a clock of its own.
-            while (done < share) & (tl.atomic_add(clock, 0, sem="relaxed") == tl.load(issued)):
+            time = tl.load(issued)
+            # An atomic addition of nothing, because one thread does it and tells the others. Had each thread looked for
+            # itself, some might have copied their part of a chunk, and others not.
+            while (done < share) & (tl.atomic_add(clock, 0, sem="relaxed") == time):
                 _copy_chunk(source, target, (lane + done * LANES) * (CHUNK // 4) + word, words)
                 done += 1
         else:

@@ -239,10 +239,10 @@ class KernelSteps(Steps):
 
 
 TestReference = ReferenceSteps.TestCase
-TestReference.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+TestReference.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 TestKernel = KernelSteps.TestCase
 TestKernel.settings = settings(
-    max_examples=15, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=10, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck)
 )
 
 
