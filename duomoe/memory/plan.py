@@ -306,15 +306,20 @@ def make_plan(architecture: Architecture, model: ModelConfig, dtype: torch.dtype
         everything = limits.policy == "auto" and slots == plan.num_experts
         return replace(plan, num_slots=slots, policy="resident" if everything else plan.policy)
 
+    def one_sequence(pages: int) -> Plan:
+        return replace(least, max_model_len=min(pages * PAGE_SIZE, longest), num_pages=pages)
+
+    def keeps_all_experts(plan: Plan) -> bool:
+        return with_slots(plan, most).total <= budget
+
     def leaves_enough(plan: Plan) -> bool:
-        return plan.total <= context_limit or with_slots(plan, most).total <= budget
+        return plan.total <= context_limit or keeps_all_experts(plan)
 
-    def with_length(tokens: int) -> Plan:
-        return replace(least, max_model_len=tokens, num_pages=pages_for(tokens))
-
-    plan = with_length(_largest(shortest, longest, lambda tokens: leaves_enough(with_length(tokens))))
+    plan = one_sequence(_largest(least.num_pages, pages_for(longest), lambda pages: leaves_enough(one_sequence(pages))))
+    # No expert makes room for a second sequence of full length that nobody has asked for.
+    enough = keeps_all_experts if keeps_all_experts(plan) and limits.max_model_len is None else leaves_enough
     full = limits.max_batch * plan.num_pages
-    pages = _largest(plan.num_pages, full, lambda pages: leaves_enough(replace(plan, num_pages=pages)))
+    pages = _largest(plan.num_pages, full, lambda pages: enough(replace(plan, num_pages=pages)))
     plan = replace(plan, num_pages=pages)
     plan = with_slots(plan, _largest(fewest, most, lambda slots: with_slots(plan, slots).total <= budget))
     _check_host(plan, limits)
@@ -357,7 +362,9 @@ def _slot_range(model: ModelConfig, row_bytes: int, limits: Limits) -> tuple[str
 
 
 def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int:
-    """Return the largest number up to `high` that fits, by bisection; `low` is known to."""
+    """Return the largest number up to `high` that fits, by bisection where `high` does not; `low` is known to."""
+    if fits(high):
+        return high
     while low < high:
         middle = (low + high + 1) // 2
         if fits(middle):
