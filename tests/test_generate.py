@@ -180,7 +180,7 @@ def test_a_bad_chat_template(folder: Path, capsys: pytest.CaptureFixture[str], t
         (["--prompt", "a", "--seed", "-3"], "--seed"),
         (["--prompt", "a", "--stop", ""], "--stop"),
         (["--prompt", "a", "--expert-memory", "0"], "--expert-memory"),
-        (["--prompt", "a", "--expert-memory", "lots"], "500MB or 2GiB"),
+        (["--prompt", "a", "--expert-memory", "lots"], "500MB, 2GiB or 15%"),
         (["--prompt", "a", "--expert-memory", "-1"], "--expert-memory"),
         (["--prompt", "a", "--expert-memory", "1B"], "at least"),
         (["--prompt", "a", "--policy", "magic"], "'magic'"),

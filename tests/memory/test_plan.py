@@ -1,5 +1,6 @@
 """The memory plan: that it divides what there is, keeps to it, and that what is really allocated is what it says."""
 
+import gc
 import json
 import math
 import re
@@ -316,14 +317,15 @@ def test_what_cuda_reserves_is_bounded(sizes: list[int]) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", ["off", "on"])
 @pytest.mark.parametrize(
-    ("family", "memory", "sizes"),
+    ("family", "memory", "experts", "sizes"),
     [
-        ("mixtral", "160MiB", {}),
-        ("qwen2_moe", "200MiB", {}),
-        ("qwen3_moe", "160MiB", {}),
+        ("mixtral", "160MiB", None, {}),
+        ("qwen2_moe", "160MiB", "30%", {}),
+        ("qwen3_moe", "160MiB", "10%", {}),
         (
             "qwen3_moe",
             "600MiB",
+            None,
             dict(
                 hidden_size=1024, moe_intermediate_size=512, num_experts=32, num_experts_per_tok=4, vocab_size=32000,
                 num_attention_heads=16, head_dim=64, num_hidden_layers=4, max_position_embeddings=6000,
@@ -334,16 +336,18 @@ def test_what_cuda_reserves_is_bounded(sizes: list[int]) -> None:
 def test_a_gpu_never_holds_more(
     family: str,
     memory: str,
+    experts: str | None,
     sizes: dict[str, int],
     compiled: str,
     tiny: Callable[..., Any],
     prompt_of: Callable[..., list[int]],
 ) -> None:
     path = tiny(family, **sizes).path
+    gc.collect()
     torch.cuda.empty_cache()
     others = torch.cuda.memory_reserved()
     torch.cuda.reset_peak_memory_stats()
-    llm = LLM(path, device="cuda", dtype="bfloat16", gpu_memory=memory, compile=compiled)
+    llm = LLM(path, device="cuda", dtype="bfloat16", gpu_memory=memory, expert_memory=experts, compile=compiled)
     assert llm.plan.budget is not None and llm.plan.total <= llm.plan.budget
     longest = llm.max_model_len
     params = SamplingParams(max_new_tokens=4, temperature=1.0, top_p=0.9)
