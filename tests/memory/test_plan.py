@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,7 +23,7 @@ from duomoe.experts.policies import BOUNDED
 from duomoe.experts.policies.lru import Lru
 from duomoe.memory.kv_cache import PAGE_SIZE
 from duomoe.memory.plan import CHUNK_TOKENS, MIB, Limits, Plan, cuda_reserved, make_plan
-from duomoe.models import Architecture, ModelConfig, architecture_of
+from duomoe.models import Architecture, ModelConfig, Routing, architecture_of
 from duomoe.models.model import expected_tensors
 
 QWEN3_30B = dict(
@@ -281,6 +281,53 @@ def test_passes_stay_within_the_workspace(
         assert passes.peak >= llm.plan.workspace_bytes / 3  # nor is it so large that it says nothing
 
 
+def test_each_part_of_the_workspace_holds_what_it_is_for(
+    tiny: Callable[..., Any], prompt_of: Callable[..., list[int]]
+) -> None:
+    sizes = dict(hidden_size=64, head_dim=32, vocab_size=3000, mlp_only_layers=[1], intermediate_size=400)
+    sizes |= dict(shared_expert_intermediate_size=200, moe_intermediate_size=100, max_position_embeddings=512)
+    llm = LLM(tiny("qwen2_moe", **sizes).path, device="cpu", dtype="bfloat16", max_batch=4)
+    peaks: dict[str, int] = {}
+
+    def watch(owner: Any, name: str) -> None:
+        inner = getattr(owner, name)
+
+        def outer(*args: Any) -> Any:
+            with LiveBytes() as inside:
+                result = inner(*args)
+            peaks[name] = max(peaks.get(name, 0), inside.peak)
+            return result
+
+        setattr(owner, name, outer)
+
+    model, engine = llm.engine.model, llm.engine
+    for owner, name in ((engine, "_batch"), (engine, "_sample"), (llm.policy, "experts"), (model, "before")):
+        watch(owner, name)
+    watch(model, "after")
+    prompts = [prompt_of(500, seed=seed) for seed in range(4)]
+    llm.generate(prompts, SamplingParams(max_new_tokens=2, temperature=1.0, top_p=0.9))
+    parts = llm.plan.workspace()
+    for name, *allowed in (
+        ("_batch", "positions"),
+        ("before", "attention", "routing"),
+        ("experts", "expert outputs", "experts"),
+        ("after", "MLP"),
+        ("_sample", "logits"),
+    ):
+        bound = sum(parts[part] for part in allowed)
+        assert bound / 2 <= peaks[name] <= bound, name
+
+
+def test_few_tokens_have_room_for_their_partial_sums(tiny: Callable[..., Any]) -> None:
+    model = tiny("qwen3_moe", hidden_size=512, num_experts=8, num_experts_per_tok=4)
+    llm = LLM(model.path, device="cpu", max_model_len=2, max_batch=1)
+    parts = llm.plan.workspace()
+    h, weights, experts = torch.zeros(2, 512), torch.ones(2, 4), torch.arange(8, dtype=torch.int32).view(2, 4)
+    with LiveBytes() as inside:
+        llm.policy.experts(0, h, Routing(weights, experts))
+    assert parts["decode experts"] / 2 <= inside.peak <= parts["decode experts"] + parts["experts"]
+
+
 class Allocator:
     """A plain model of torch's: segments with free pieces, of which the smallest that fits is split."""
 
@@ -306,6 +353,8 @@ class Allocator:
 
 
 @given(st.lists(st.one_of(st.integers(1, MIB), st.integers(1, 10 * MIB), st.integers(1, 40 * MIB)), max_size=60))
+@example([7 * MIB] * 30)
+@example([700 << 10] * 30)
 @settings(max_examples=300, deadline=None)
 def test_what_cuda_reserves_is_bounded(sizes: list[int]) -> None:
     allocator = Allocator()
