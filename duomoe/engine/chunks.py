@@ -6,10 +6,9 @@ from typing import NamedTuple
 import torch
 
 from duomoe.memory.kv_cache import PAGE_SIZE
+from duomoe.memory.plan import CHUNK_TOKENS
 from duomoe.models import Batch
 from duomoe.models.rope import Rotary
-
-CHUNK_TOKENS = 2048
 
 
 class Span(NamedTuple):

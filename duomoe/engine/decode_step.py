@@ -39,6 +39,8 @@ class DecodeStep:
         self.padded = model.device.type == "cuda"
         self.captured = captured and self.padded and policy.can_be_captured
         self._graphs: dict[tuple[int, bool], _Graph | None] = {}  # by batch size and whether all are greedy
+        # One for all graphs, because never two of them run at once.
+        self._pool = torch.cuda.graph_pool_handle() if self.captured else None
 
     def run(self, requests: Sequence[Request]) -> Tensor:
         """Return the next token of each request, int64 [requests]; their last tokens' keys go into the cache."""
@@ -104,7 +106,7 @@ class _Graph:
         device = step.model.device
         self.integers, self.floats = integers.to(device), floats.to(device)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, pool=step._pool):
             self.tokens = step._step(self.integers, self.floats, greedy)
 
     def run(self, integers: Tensor, floats: Tensor) -> Tensor:

@@ -24,9 +24,8 @@ class Engine:
         policy: runs the blocks with their experts.
         cache: the KV pages.
         eos: token ids that end a sequence.
-        max_batch: how many requests run at once.
-        max_tokens: the most tokens of a sequence.
-        captured: decode by CUDA graphs where possible.
+        scheduler: says who runs next.
+        decode_step: runs one step of the running requests.
     """
 
     def __init__(
@@ -35,13 +34,11 @@ class Engine:
         policy: Policy,
         cache: KVCache,
         eos: frozenset[int],
-        max_batch: int,
-        max_tokens: int,
-        captured: bool,
+        scheduler: Scheduler,
+        decode_step: DecodeStep,
     ) -> None:
         self.model, self.policy, self.cache, self.eos = model, policy, cache, eos
-        self.scheduler = Scheduler(cache.allocator, max_batch)
-        self.decode_step = DecodeStep(model, policy, cache, max_batch, max_tokens, captured)
+        self.scheduler, self.decode_step = scheduler, decode_step
 
     @torch.inference_mode()
     def step(self) -> list[Request]:

@@ -23,7 +23,7 @@ from duomoe.models import Routing
 # probability on.
 WORTH_SENDING = 0.5
 
-# How many absent experts one layer may send ahead: each costs a slot, and a slow link does not bring a second one in time.
+# How many absent experts one layer may send ahead: each costs a slot, and a slow link brings no second one in time.
 SENT_AHEAD = 1
 
 

@@ -116,8 +116,8 @@ class HostLink(Link):
 
     Computation there is over when the call that asked for it returns, so a mark carries nothing.
 
-    A copy that is sent ahead of need crosses in pieces, and only while nothing else wants to. It can be recalled, and go
-    on later from where it stood, ahead of need or urgently.
+    A copy that is sent ahead of need crosses in pieces, and only while nothing else wants to. It can be recalled, and
+    go on later from where it stood, ahead of need or urgently.
 
     Args:
         pace: let no copy arrive earlier than it would over a link of that speed; None is as fast as memory.

@@ -22,6 +22,15 @@ WORTH_SENDING = 0.5
 HALF_LIFE = 32
 
 
+# One slot computes while the other is filled.
+SMALLEST_RING = 2
+
+
+def ring_slots(slots: int) -> int:
+    """Return how many of so many slots experts stream through; the others are kept for decode."""
+    return max(SMALLEST_RING, slots // 4)
+
+
 class PrefillStream:
     """Streams one pass after the other through a residency's slots.
 
@@ -36,7 +45,7 @@ class PrefillStream:
         self.num_layers, self.num_experts = residency.directory.slot_of.shape
         slots = len(residency.pool)
         # A layer's best experts keep this many slots when others are sent ahead; the rest of the slots is the ring.
-        self.kept = max(0, slots - max(2, slots // 4)) // self.num_layers
+        self.kept = max(0, slots - ring_slots(slots)) // self.num_layers
         self.ahead = False
 
     def begin(self, tokens: int) -> None:

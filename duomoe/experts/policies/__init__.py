@@ -1,6 +1,7 @@
 """The policies, one file each; they share all else, so that comparing them compares schedules."""
 
 from duomoe.experts.policies.bounded import BoundedPolicy
+from duomoe.experts.policies.cached import CachedPolicy
 from duomoe.experts.policies.duo import Duo
 from duomoe.experts.policies.layer_prefetch import LayerPrefetch
 from duomoe.experts.policies.lru import Lru
@@ -17,5 +18,7 @@ BOUNDED: dict[str, type[BoundedPolicy]] = {
     "lru": Lru,
     "duo": Duo,
 }
+# Of these, those whose prefill streams through a ring of slots.
+STREAMING = [name for name, policy in BOUNDED.items() if issubclass(policy, CachedPolicy)]
 
-__all__ = ["BOUNDED", "Policy", "Resident"]
+__all__ = ["BOUNDED", "STREAMING", "Policy", "Resident"]

@@ -76,9 +76,11 @@ class MoeInfinity(BoundedPolicy):
         likely = [int(expert) for expert in order[: self.model.config.top_k] if worth[index, expert] > 0]
         for expert in self.residency.absent(index, likely):
             least = int(worth[index, expert])
-            if not self.residency.fetch(
-                index, expert, "prefetched_bytes", lambda slot, least=least: int(directory.last_use[slot]) < least
-            ):
+
+            def worth_less(slot: int, least: int = least) -> bool:
+                return int(directory.last_use[slot]) < least
+
+            if not self.residency.fetch(index, expert, "prefetched_bytes", worth_less):
                 break
             slot = directory.find(index, expert)
             assert slot is not None
