@@ -56,7 +56,8 @@ def test_json_holds_everything(folder: Path, capsys: pytest.CaptureFixture[str])
     assert result["policy"] == "resident"
     assert {"weights_bytes", "expert_slots_bytes", "kv_cache_bytes"} <= result["memory"].keys()
     assert set(result["experts"]) == {
-        "streamed_bytes", "demand_bytes", "prefetch_used_bytes", "prefetched_bytes", "prefetch_wasted_bytes", "hits", "misses"
+        "streamed_bytes", "demand_bytes", "prefetched_bytes", "prefetch_used_bytes", "prefetch_wasted_bytes",
+        "hits", "misses",
     }  # fmt: skip
     assert "TTFT" in err and "tokens/s" in err and err.count("\n") == 1
 

@@ -30,7 +30,8 @@ class Directory:
     """Which expert is in which slot. A slot has at most one owner, and an expert at most one slot.
 
     Prefill decides on the host, decode on the device, each by a directory of its own; whoever begins takes over what
-    the other has left (`copy_from`). Kernels change the tensors in place (kernels/admit.py); the methods are the host's.
+    the other has left (`copy_from`). Kernels change the tensors in place (kernels/admit.py); the methods are for the
+    host.
 
     Attributes:
         slot_of: int32 [layers, experts], -1 where the expert is absent.

@@ -10,8 +10,8 @@ beginning with empty slots, in an order that rotates, so that drift of the machi
 the median of its rounds, and the spread half their range.
 
 Bounds: TTFT cannot be below the transfer of the experts that the prompt needs, nor below the computation with all
-experts resident. TPOT cannot be below the transfer of the misses of Belady's rule, which knows the future and here even begins
-with the best possible slots, nor below the computation.
+experts resident. TPOT cannot be below the transfer of the misses of Belady's rule, which knows the future and here even
+begins with the best possible slots, nor below the computation.
 """
 
 import argparse

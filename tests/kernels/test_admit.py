@@ -287,7 +287,7 @@ def test_kernels_match_the_references(
         assert torch.equal(lists[0].cpu(), lists[1])
         for name, tensor in vars(theirs).items():
             assert torch.equal(getattr(ours, name).cpu(), tensor), name
-    assert int(theirs.counts.min()) > 0
+    assert int(theirs.counts[0]) > 0 and (slots >= layers * experts or int(theirs.counts[1]) > 0)
 
 
 def test_a_list_too_narrow_for_a_wave_is_refused() -> None:

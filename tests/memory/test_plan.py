@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from duomoe import LLM, EngineConfig, InputError, SamplingParams
+from duomoe.engine import engine
 from duomoe.experts.policies import BOUNDED
 from duomoe.experts.policies.lru import Lru
-from duomoe.engine import engine
 from duomoe.memory.kv_cache import PAGE_SIZE
 from duomoe.memory.plan import CHUNK_TOKENS, MIB, Limits, Plan, cuda_reserved, make_plan
 from duomoe.models import Architecture, ModelConfig, Routing, architecture_of
