@@ -6,6 +6,9 @@ used. `unproven` marks a slot that was given ahead of time and has not been need
 be partial. `use` follows how often each expert is needed, as an exponentially moving average over its layer's steps.
 """
 
+import ctypes
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -17,7 +20,7 @@ from duomoe.kernels.operator import operator
 ONE = 65536
 """The value in `use` of an expert that is needed in every step."""
 
-RATE = 3
+RATE = 5
 """Each step moves `use` by 1 / 2**RATE of the way."""
 
 EMPTY = 2**31 - 1
@@ -62,20 +65,39 @@ def _victims(
     return victims
 
 
-def _give(experts: list[int], slots: list[int], slot_of: Tensor, owner_of: Tensor) -> None:
+_NUMBERS = {torch.int32: ctypes.c_int32, torch.int64: ctypes.c_int64}
+
+
+def _numbers(tensor: Tensor) -> Any:
+    """Return a CPU tensor's memory as an array of Python numbers, which costs far less than tensor operations."""
+    assert tensor.is_contiguous()
+    return (_NUMBERS[tensor.dtype] * tensor.numel()).from_address(tensor.data_ptr())
+
+
+def _place(experts: list[int], slots: list[int], now: int, new: int, state: "_State") -> None:
     """Make experts, by their flat numbers, the owners of slots."""
-    where, owners = slot_of.view(-1), torch.tensor(experts, dtype=torch.int32)
-    previous = owner_of[slots]
-    where[previous[previous >= 0]] = -1
-    where[owners] = torch.tensor(slots, dtype=torch.int32)
-    owner_of[slots] = owners
+    for expert, slot in zip(experts, slots, strict=True):
+        if (previous := state.owner_of[slot]) >= 0:
+            state.slot_of[previous] = -1
+        state.slot_of[expert], state.owner_of[slot] = slot, expert
+        state.last_use[slot], state.unproven[slot] = now, new
+
+
+class _State:
+    """The directory's memory, as arrays."""
+
+    def __init__(self, slot_of: Tensor, owner_of: Tensor, last_use: Tensor, unproven: Tensor) -> None:
+        self.slot_of, self.owner_of = _numbers(slot_of), _numbers(owner_of)
+        self.last_use, self.unproven = _numbers(last_use), _numbers(unproven)
 
 
 def _store_columns(to: Tensor, entries: list[tuple[int, int, int]]) -> None:
     """Store entries as the first columns of a [3, width] list, and -1 behind them."""
-    to.fill_(-1)
-    if entries:
-        to[:, : len(entries)] = torch.tensor(entries, dtype=torch.int32).T
+    numbers, width = _numbers(to), to.shape[1]
+    ctypes.memset(numbers, 0xFF, to.nbytes)
+    for column, entry in enumerate(entries):
+        for row, value in enumerate(entry):
+            numbers[row * width + column] = value
 
 
 def admit_reference(
@@ -95,44 +117,46 @@ def admit_reference(
     slots: Tensor,
     misses: Tensor,
 ) -> None:
-    """Compute `admit` with plain PyTorch."""
+    """Compute `admit` on the CPU."""
     _check(experts.numel(), pending, slot_of, owner_of, slots, misses)
-    num_experts, width = slot_of.shape[1], misses.shape[1]
+    num_experts, base = slot_of.shape[1], layer * slot_of.shape[1]
+    state, waiting = _State(slot_of, owner_of, last_use, unproven), _numbers(pending)
     if first:
-        pending.zero_()
-        pending[experts[experts >= 0]] = 1
-        often = use[layer]
-        often.sub_(often >> RATE).add_(pending, alpha=ONE >> RATE)
+        often = _numbers(use)
+        chosen = set(_numbers(experts))
+        for expert in range(num_experts):
+            waiting[expert] = expert in chosen
+            often[base + expert] += (ONE >> RATE) * waiting[expert] - (often[base + expert] >> RATE)
     clock += 1
-    wanted = pending.nonzero()[:, 0].tolist()  # host-sync ok: the reference runs on the CPU
-    where, partial = slot_of[layer].tolist(), unproven.tolist()  # host-sync ok: the reference runs on the CPU
+    now = _numbers(clock)[0]
+    wanted = [expert for expert in range(num_experts) if waiting[expert]]
+    where = state.slot_of[base : base + num_experts]
     here = [expert for expert in wanted if where[expert] >= 0]
-    resumed = [expert for expert in here if partial[where[expert]]]
-    last_use[[where[expert] for expert in here]] = clock
+    resumed = [expert for expert in here if state.unproven[where[expert]]]
+    for expert in here:
+        state.last_use[where[expert]] = now
 
     placed: list[int] = []
     if len(here) < len(wanted):
-        absent = [expert for expert in wanted if where[expert] < 0][: width - len(resumed)]
+        absent = [expert for expert in wanted if where[expert] < 0][: misses.shape[1] - len(resumed)]
         rule = (layer, predicted, horizon, slot_of, owner_of, last_use, unproven, use, clock)
         victims = _victims(last_use != clock, len(absent), *rule)
         placed = absent[: len(victims)]
-        _give([layer * num_experts + expert for expert in placed], victims, slot_of, owner_of)
+        _place([base + expert for expert in placed], victims, now, 0, state)
         for expert, slot in zip(placed, victims, strict=True):
             where[expert] = slot
-        last_use[victims] = clock
-    fetched = resumed + placed
-    if fetched:
-        unproven[[where[expert] for expert in fetched]] = 0
-    pending.zero_()
-    if left := set(wanted).difference(here, placed):
-        pending[list(left)] = 1
-    counts += torch.tensor([len(here), len(placed)])
-
-    slots.fill_(-1)
-    served = here + placed
-    rows = [int(expert in fetched) for expert in served]
-    slots[rows, served] = torch.tensor([where[expert] for expert in served], dtype=torch.int32)
-    _store_columns(misses, [(layer * num_experts + e, where[e], int(e in resumed)) for e in fetched])
+    served, total = _numbers(slots), _numbers(counts)
+    ctypes.memset(served, 0xFF, slots.nbytes)
+    fetched = set(resumed).union(placed)
+    for expert in (*here, *placed):
+        waiting[expert] = 0
+        served[num_experts * (expert in fetched) + expert] = where[expert]
+    for expert in resumed:
+        state.unproven[where[expert]] = 0
+    total[0] += len(here)
+    total[1] += len(placed)
+    columns = [(base + expert, where[expert], 1) for expert in resumed]
+    _store_columns(misses, columns + [(base + expert, where[expert], 0) for expert in placed])
 
 
 @operator(
@@ -252,25 +276,22 @@ def admit_ahead_reference(
     ahead: Tensor,
     issued: Tensor,
 ) -> None:
-    """Compute `admit_ahead` with plain PyTorch."""
-    issued.copy_(clock)
-    listed = candidates.tolist()  # host-sync ok: the reference runs on the CPU
-    wanted = [expert for expert in dict.fromkeys(listed) if expert >= 0]
-    found = slot_of.view(-1)[wanted].tolist()  # host-sync ok: the reference runs on the CPU
-    where = dict(zip(wanted, found, strict=True))
-    partial = unproven.tolist()  # host-sync ok: the reference runs on the CPU
-    resumed = [expert for expert in wanted if where[expert] >= 0 and partial[where[expert]]]
+    """Compute `admit_ahead` on the CPU."""
+    state, now = _State(slot_of, owner_of, last_use, unproven), _numbers(clock)[0]
+    _numbers(issued)[0] = now
+    wanted = [expert for expert in dict.fromkeys(_numbers(candidates)) if expert >= 0]
+    where = {expert: state.slot_of[expert] for expert in wanted}
+    resumed = {expert for expert in wanted if where[expert] >= 0 and state.unproven[where[expert]]}
     placed = [expert for expert in wanted if where[expert] < 0][:limit]
     if placed:
         free = last_use != clock
-        free[[slot for slot in found if slot >= 0]] = False
+        owned = [slot for slot in where.values() if slot >= 0]
+        free[owned] = False
         rule = (layer, predicted, horizon, slot_of, owner_of, last_use, unproven, use, clock)
         victims = _victims(free, len(placed), *rule)
         placed = placed[: len(victims)]
-        _give(placed, victims, slot_of, owner_of)
+        _place(placed, victims, now, 1, state)
         where.update(zip(placed, victims, strict=True))
-        last_use[victims] = clock
-        unproven[victims] = 1
     entered = [expert for expert in wanted if expert in resumed or expert in placed]
     _store_columns(ahead, [(expert, where[expert], int(expert in resumed)) for expert in entered])
 

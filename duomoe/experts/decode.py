@@ -62,7 +62,7 @@ class Decode:
         self.predicted, self.predictor = predicted, predictor
         self.num_layers, self.num_experts = directory.slot_of.shape
         self.horizon = predictor.horizon if predictor else 0
-        self.counts = torch.zeros(2, dtype=torch.int64, device=directory.device)  # hits and misses
+        self.counts = torch.zeros(2, dtype=torch.int64, device=directory.clock.device)  # hits and misses
         self._demands: dict[tuple[int, int], _Demand] = {}  # by layer and width
         self._aheads: dict[tuple[int, int], _Ahead] = {}
         # How many of the predictor's choices are worth sending, by layer and by how far ahead it is.
@@ -75,13 +75,12 @@ class Decode:
         most = min(self.num_experts, routing.experts.numel())  # that the layer can need
         waves, width = -(-most // slots), min(most, slots)
         if (index, width) not in self._demands:
-            self._demands[index, width] = _Demand(self.num_experts, width, state.device)
+            self._demands[index, width] = _Demand(self.num_experts, width, state.clock.device)
         demand = self._demands[index, width]
         for wave in range(waves):
             admit(
                 routing.experts, index, wave == 0, self.predicted, self.horizon, demand.pending,
-                state.slot_of, state.owner_of, state.last_use, state.unproven, state.use, state.clock,
-                self.counts, demand.slots, demand.misses,
+                *state.tensors, self.counts, demand.slots, demand.misses,
             )  # fmt: skip
             self.fetcher.fetch(demand.misses)
             if wave == waves - 1:
@@ -95,6 +94,7 @@ class Decode:
         if self.predictor is None:
             return
         padding = routing.experts[:, 0] < 0
+        routing = routing._replace(experts=routing.experts.clamp(min=0))  # what padding chose is ignored in the end
         candidates = []
         for distance, experts in enumerate(self.predictor.predict(index, h, routing), start=1):
             trusted = experts[:, : self._trusted[distance - 1][index]]
@@ -104,12 +104,11 @@ class Decode:
         if width == 0:
             return
         if (index, width) not in self._aheads:
-            self._aheads[index, width] = _Ahead(width, self.directory.device)
+            self._aheads[index, width] = _Ahead(width, self.directory.clock.device)
         state, ahead = self.directory, self._aheads[index, width]
         admit_ahead(
             torch.cat(candidates), index, SENT_AHEAD, self.predicted, self.horizon,
-            state.slot_of, state.owner_of, state.last_use, state.unproven, state.use, state.clock,
-            ahead.copies, ahead.issued,
+            *state.tensors, ahead.copies, ahead.issued,
         )  # fmt: skip
         self.fetcher.fetch_ahead(ahead.copies, ahead.issued)
 

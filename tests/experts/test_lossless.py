@@ -162,13 +162,13 @@ def test_a_prefill_copies_nothing_that_the_last_one_left_in_the_slots(
     llm = LLM(path, device="cpu", policy="lru", expert_memory=slots * row_bytes(LLM(path, device="cpu")))
     residency = llm.policy.residency
     llm.generate(prompt_of(200), SamplingParams(max_new_tokens=1))
-    rows = [residency.store.layers[owner[0]][owner[1]] for s in range(slots) if (owner := residency.directory.owner(s))]
+    rows = [residency.store.layers[owner[0]][owner[1]] for s in range(slots) if (owner := residency.owner(s))]
     kept = {row.data_ptr() for row in rows}
     connect(llm, link := Counter())
     llm.generate(prompt_of(200, seed=1), SamplingParams(max_new_tokens=1))
     assert len(kept) >= slots - 1
     # Each layer's best experts are safe; what else was there may have made room for the stream.
-    assert len(set(link.sent) & kept) <= slots - 3 * llm.policy.stream.kept
+    assert len(set(link.sent) & kept) <= slots - 3 * (1 - llm.policy.stream.spared_below)
     assert len(link.sent) < 24
     link.close()
 

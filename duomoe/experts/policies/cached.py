@@ -43,11 +43,8 @@ class CachedPolicy(BoundedPolicy):
     ) -> None:
         super().__init__(model, store, num_slots, link, predictor)
         self.stream = PrefillStream(self.residency, model.config.top_k)
-        pool, on_host = self.residency.pool, self.residency.directory
-        # On the CPU they are one.
-        self.directory = on_host
-        if model.device != on_host.device:
-            self.directory = Directory(len(store.layers), store.num_experts, num_slots, model.device)
+        pool = self.residency.pool
+        self.directory = Directory(len(store.layers), store.num_experts, num_slots, model.device)
         fetcher: Fetcher | None = None
         if isinstance(link, HostLink):
             fetcher = HostFetcher(store, pool, link)
@@ -57,7 +54,7 @@ class CachedPolicy(BoundedPolicy):
         if fetcher is not None:
             self.decoder = Decode(self.directory, pool, fetcher, self.predicted, predictor if self.predicted else None)
         self.can_be_captured = self.decoder is not None
-        self.decoding = False  # the host's directory is the valid one
+        self.decoding = False  # the directory is the valid one, not the residency
 
     def prefill(self, chunks: Sequence[Batch], kv: Sequence[LayerKV]) -> list[Tensor]:
         """Pass prompts through all blocks, with the host deciding; takes over from decode."""
@@ -65,9 +62,7 @@ class CachedPolicy(BoundedPolicy):
             assert self.decoder is not None
             self.decoding = False
             self.decoder.fetcher.drop()
-            if self.directory is not self.residency.directory:
-                self.residency.directory.copy_from(self.directory)
-            self.residency.vacate_unproven()
+            self.residency.read(self.directory)
         self.stream.begin(sum(len(chunk.tokens) for chunk in chunks))
         return super().prefill(chunks, kv)
 
@@ -76,8 +71,8 @@ class CachedPolicy(BoundedPolicy):
         if self.decoder is not None and not self.decoding:
             self.decoding = True
             self.residency.settle()
-            if self.directory is not self.residency.directory:
-                self.directory.copy_from(self.residency.directory)
+            self.residency.write(self.directory)
+            self.directory.use.copy_(self.stream.use)
 
     def decode(self, batch: Batch, kv: Sequence[LayerKV]) -> Tensor:
         """Pass one token of each sequence through all blocks.
@@ -99,7 +94,7 @@ class CachedPolicy(BoundedPolicy):
         """Compute what is in slots while the rest is on its way."""
         total = self.layer_sum(inputs, routings)
         if self.decoder is None or not self.decoding:
-            self.stream.run(total, index, joined(routings))
+            self.stream.run(total, index, joined(routings).experts)
         else:
             self.decoder.run(total, index, inputs[0], routings[0])
         return total.totals()
@@ -112,7 +107,7 @@ class CachedPolicy(BoundedPolicy):
         return traffic
 
     def forget(self) -> None:
-        """After a failure nothing counts as resident, by either directory."""
+        """After a failure nothing counts as resident, for prefill or decode."""
         super().forget()
         self.decoding = False
         if self.decoder is not None:

@@ -71,17 +71,13 @@ class MoeInfinity(BoundedPolicy):
         """Send the experts of a layer that the match used, most used first, over what is worth less."""
         if index >= len(worth):
             return
-        directory = self.residency.directory
+        residency = self.residency
         order = worth[index].argsort(descending=True, stable=True)
         likely = [int(expert) for expert in order[: self.model.config.top_k] if worth[index, expert] > 0]
-        for expert in self.residency.absent(index, likely):
+        for expert in residency.absent(index, likely):
             least = int(worth[index, expert])
-
-            def worth_less(slot: int, least: int = least) -> bool:
-                return int(directory.last_use[slot]) < least
-
-            if not self.residency.fetch(index, expert, "prefetched_bytes", worth_less):
+            if not residency.fetch(index, expert, "prefetched_bytes", below=least):
                 break
-            slot = directory.find(index, expert)
+            slot = residency.slot(index, expert)
             assert slot is not None
-            directory.last_use[slot] = least
+            residency.last_use[slot] = least
