@@ -608,7 +608,8 @@ def _admit_ahead_kernel(
 
 def _block(size: int) -> int:
     """Return how many elements a vector of the kernels has that holds `size`, at least one per thread of a warp."""
-    return max(32, triton.next_power_of_2(size))
+    power: int = triton.next_power_of_2(size)
+    return max(32, power)
 
 
 def _options(num_slots: int, width: int, predicted: bool) -> dict[str, int | bool]:
