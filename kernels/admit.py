@@ -353,6 +353,9 @@ def _(
 # What some of them store must not reach the others' loads, or must have reached them. Where that matters, a barrier
 # stands between the loads and the stores.
 
+SIZES = ("pairs", "limit", "layer", "horizon", "num_layers", "num_experts", "num_slots", "width")
+"""Integers that no kernel is compiled anew for: they gain nothing from being 1 or divisible by 16."""
+
 
 @triton.jit
 def _keys(
@@ -395,7 +398,7 @@ def _keys(
     return tl.load(keys + every, mask=every < num_slots, other=-1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _admit_kernel(
     experts: tl.tensor,
     pending: tl.tensor,
@@ -521,7 +524,7 @@ def _store_list(
         tl.store(entries + row * width + rest, -1, mask=behind)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _admit_ahead_kernel(
     candidates: tl.tensor,
     slot_of: tl.tensor,
