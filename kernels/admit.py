@@ -374,6 +374,9 @@ def _(
 # What some of them store must not reach the others' loads, or must have reached them. Where that matters, a barrier
 # stands between the loads and the stores.
 
+SIZES = ("pairs", "limit", "layer", "horizon", "num_layers", "num_experts", "num_slots", "width")
+"""Integers that no kernel is compiled anew for: they gain nothing from being 1 or divisible by 16."""
+
 
 @triton.jit
 def _keys(
@@ -416,7 +419,7 @@ def _keys(
     return tl.load(keys + every, mask=every < num_slots, other=-1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _admit_kernel(
     experts: tl.tensor,
     pending: tl.tensor,
@@ -542,7 +545,7 @@ def _store_list(
         tl.store(entries + row * width + rest, -1, mask=behind)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _admit_ahead_kernel(
     candidates: tl.tensor,
     slot_of: tl.tensor,
@@ -629,7 +632,8 @@ def _admit_ahead_kernel(
 
 def _block(size: int) -> int:
     """Return how many elements a vector of the kernels has that holds `size`, at least one per thread of a warp."""
-    return max(32, triton.next_power_of_2(size))
+    power: int = triton.next_power_of_2(size)
+    return max(32, power)
 
 
 def _options(num_slots: int, width: int, predicted: bool) -> dict[str, int | bool]:

@@ -154,7 +154,7 @@ def _bytes_of(
     return (count * CHUNK - tl.maximum(end - words * 4, 0)).to(tl.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_experts", "width"))
 def _fetch_kernel(
     table: tl.tensor,
     entries: tl.tensor,

@@ -20,6 +20,8 @@ from duomoe.kernels.admit import (
     admit_triton,
 )
 
+CPU = torch.device("cpu")
+
 
 class Rules:
     """The rules, in dictionaries. Slots are numbers; an expert is (layer, expert)."""
@@ -239,7 +241,7 @@ class KernelSteps(Steps):
 
 
 TestReference = ReferenceSteps.TestCase
-TestReference.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestReference.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
 TestKernel = KernelSteps.TestCase
 TestKernel.settings = settings(
     max_examples=10, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck)
@@ -250,18 +252,19 @@ TestKernel.settings = settings(
 @pytest.mark.parametrize(
     ("layers", "experts", "slots", "tokens", "steps"),
     [
+        pytest.param(4, 6, 9, 1, 25, id="tiny"),
         pytest.param(20, 60, 1100, 8, 6, id="small"),
-        pytest.param(48, 128, 6144, 16, 200, id="qwen3-30b", marks=pytest.mark.gpu),
-        pytest.param(94, 128, 12032, 256, 100, id="qwen3-235b", marks=pytest.mark.gpu),
+        pytest.param(48, 128, 4608, 16, 200, id="qwen3-30b", marks=pytest.mark.gpu),
+        pytest.param(94, 128, 12000, 256, 100, id="qwen3-235b", marks=pytest.mark.gpu),
         pytest.param(32, 8, 40, 256, 100, id="mixtral", marks=pytest.mark.gpu),
     ],
 )
 def test_kernels_match_the_references(
     layers: int, experts: int, slots: int, tokens: int, steps: int, predicted: bool
 ) -> None:
-    """Directories of more than one block, full at the start, through several steps with fetches ahead."""
+    """Directories that are full at the start, from a few slots to several blocks, through steps with fetches ahead."""
     random, top_k = generator(layers), min(8, experts // 2)
-    ours, theirs = (State(layers, experts, slots, device) for device in (DEVICE, torch.device("cpu")))
+    ours, theirs = (State(layers, experts, slots, device) for device in (DEVICE, CPU))
     owners = torch.randperm(layers * experts, generator=random)[:slots].to(torch.int32)
     used, use = (torch.randint(high, shape, generator=random) for high, shape in ((99, owners.shape), (ONE, (99,))))
     for state in (ours, theirs):
@@ -271,23 +274,37 @@ def test_kernels_match_the_references(
         state.use.copy_(use[torch.arange(layers * experts) % 99].view(layers, experts))
         state.clock.fill_(100)
     width = min(experts, tokens * top_k, slots)
-    for step in range(steps):
-        layer = step % layers
+    for layer in torch.randint(layers, (steps,), generator=random).tolist():
         chosen = torch.rand(tokens, experts, generator=random).argsort(-1)[:, :top_k].to(torch.int32)
-        ahead = (torch.randint(experts, (24,), generator=random) + (layer + 1) % layers * experts).to(torch.int32)
+        ahead = torch.randint(2 * experts, (24,), generator=random) + (layer + 1) * experts
+        ahead = (ahead % (layers * experts)).to(torch.int32)
         for wave in range(2):
-            lists = [list_of(width, DEVICE), list_of(width, theirs.clock.device)]
+            lists = [list_of(width, DEVICE), list_of(width, CPU)]
             rule = (layer, wave == 0, predicted, 2)
             admit_triton(chosen.to(DEVICE), *rule, ours.pending, *ours.tensors(), ours.counts, ours.slots, lists[0])
             admit_reference(chosen, *rule, theirs.pending, *theirs.tensors(), theirs.counts, theirs.slots, lists[1])
             assert torch.equal(lists[0].cpu(), lists[1])
-        lists = [list_of(24, DEVICE), list_of(24, theirs.clock.device)]
-        admit_ahead_triton(ahead.to(DEVICE), layer, 9, predicted, 2, *ours.tensors(), lists[0], ours.issued)
-        admit_ahead_reference(ahead, layer, 9, predicted, 2, *theirs.tensors(), lists[1], theirs.issued)
+        lists = [list_of(24, DEVICE), list_of(24, CPU)]
+        admit_ahead_triton(ahead.to(DEVICE), layer, 3, predicted, 2, *ours.tensors(), lists[0], ours.issued)
+        admit_ahead_reference(ahead, layer, 3, predicted, 2, *theirs.tensors(), lists[1], theirs.issued)
         assert torch.equal(lists[0].cpu(), lists[1])
         for name, tensor in vars(theirs).items():
             assert torch.equal(getattr(ours, name).cpu(), tensor), name
     assert int(theirs.counts[0]) > 0 and (slots >= layers * experts or int(theirs.counts[1]) > 0)
+
+
+@pytest.mark.parametrize(("call", "device"), [(admit_ahead_reference, CPU), (admit_ahead_triton, DEVICE)])
+def test_candidates_do_not_push_each_other_out(call: Any, device: torch.device) -> None:
+    """Experts 3 and 5 hold the only slots and are candidates themselves, so nobody else gets one."""
+    state, entries = State(2, 4, 2, device), list_of(4, device)
+    state.place(3, 0)
+    state.place(5, 1)
+    state.unproven[1] = 1
+    state.clock += 1
+    candidates = torch.tensor([6, 5, 7, 3], dtype=torch.int32, device=device)
+    call(candidates, 0, 4, False, 1, *state.tensors(), entries, state.issued)
+    assert entries.T.tolist() == [[5, 1, 1]] + 3 * [[-1, -1, -1]]
+    assert state.owner_of.tolist() == [3, 5]
 
 
 def test_a_list_too_narrow_for_a_wave_is_refused() -> None:

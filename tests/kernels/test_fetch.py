@@ -39,11 +39,12 @@ class Rows:
 
     def __init__(self, row_bytes: int, device: torch.device, seed: int = 0) -> None:
         random = generator(seed)
-        shape = (EXPERTS, row_bytes)
-        self.layers = [torch.randint(256, shape, dtype=torch.uint8, generator=random) for _ in range(LAYERS)]
+        # At least a megabyte, so that its pages are its own when they are pinned.
+        self.memory = torch.empty(max(LAYERS * EXPERTS * row_bytes, 1 << 20), dtype=torch.uint8)
+        self.memory.random_(256, generator=random)
         if device.type == "cuda":
-            for rows in self.layers:
-                pin(rows)
+            pin(self.memory)
+        self.layers = self.memory[: LAYERS * EXPERTS * row_bytes].view(LAYERS, EXPERTS, row_bytes)
         self.table = torch.tensor([rows.data_ptr() for rows in self.layers], dtype=torch.int64, device=device)
         self.pool = torch.randint(256, (SLOTS, row_bytes), dtype=torch.uint8, generator=random).to(device)
         self.progress = torch.full((SLOTS, LANES), 77, dtype=torch.int32, device=device)
@@ -212,7 +213,7 @@ def test_a_clock_that_moves_meanwhile_stops_the_kernel() -> None:
     with torch.cuda.stream(prefetch):
         rows.fetch_ahead(fetch_ahead, entries)
     with torch.cuda.stream(other):
-        torch.cuda._sleep(2_000_000)  # about a millisecond, in which a small part of 320 MB can have crossed
+        torch.cuda._sleep(1_000_000)  # about half a millisecond, in which a small part of 320 MB has crossed
         rows.clock += 1
     torch.cuda.synchronize()
     ahead = int(rows.moved[1])
