@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from duomoe import LLM, SamplingParams
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-DATA_DEPENDENT = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "item", "equal")
+DATA_DEPENDENT = ("_local_scalar_dense", "nonzero", "unique", "_unique", "masked_select", "item", "equal")
 
 
 class Guard(TorchDispatchMode):

@@ -61,8 +61,8 @@ class Rules:
         if chosen is not None:
             self.pending = {expert for expert in chosen if expert >= 0}
             for expert in range(self.experts):
-                self.use[layer, expert] -= self.use[layer, expert] // 8
-                self.use[layer, expert] += 65536 // 8 if expert in self.pending else 0
+                self.use[layer, expert] -= self.use[layer, expert] // 32
+                self.use[layer, expert] += 65536 // 32 if expert in self.pending else 0
         self.clock += 1
         found, fetched, entries = {}, {}, []
         for expert in sorted(self.pending):
