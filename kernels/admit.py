@@ -7,6 +7,8 @@ be partial. `use` follows how often each expert is needed, as an exponentially m
 """
 
 import ctypes
+import heapq
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -36,35 +38,6 @@ def _check(num_pairs: int, pending: Tensor, slot_of: Tensor, owner_of: Tensor, s
     assert misses.shape[1] >= min(num_experts, num_pairs, num_slots), "misses is too narrow for a wave"
 
 
-def _victims(
-    free: Tensor,
-    count: int,
-    layer: int,
-    predicted: bool,
-    horizon: int,
-    slot_of: Tensor,
-    owner_of: Tensor,
-    last_use: Tensor,
-    unproven: Tensor,
-    use: Tensor,
-    clock: Tensor,
-) -> list[int]:
-    """Return the slots to give away, at most `count` of those that are `free`, in order; see `admit`."""
-    (num_layers, num_experts), num_slots = slot_of.shape, len(owner_of)
-    if predicted:
-        distance = (owner_of // num_experts - layer - 1) % num_layers + 1
-        often = use.view(-1)[owner_of.clamp(min=0)].clamp(min=1)
-        soon = (unproven != 0) & (distance <= horizon)
-        key = torch.where(soon, distance, distance + num_layers * (ONE // often - 1))
-    else:
-        key = (clock - last_use).clamp(max=EMPTY - 1)
-    # One number to order by: the key, and of equal ones the lower slot.
-    order = torch.where(owner_of < 0, EMPTY, key).long() * num_slots + torch.arange(num_slots - 1, -1, -1)
-    best = torch.where(free, order, -1).topk(min(count, num_slots))
-    victims: list[int] = best.indices[best.values >= 0].tolist()  # host-sync ok: the reference runs on the CPU
-    return victims
-
-
 _NUMBERS = {torch.int32: ctypes.c_int32, torch.int64: ctypes.c_int64}
 
 
@@ -74,21 +47,49 @@ def _numbers(tensor: Tensor) -> Any:
     return (_NUMBERS[tensor.dtype] * tensor.numel()).from_address(tensor.data_ptr())
 
 
-def _place(experts: list[int], slots: list[int], now: int, new: int, state: "_State") -> None:
-    """Make experts, by their flat numbers, the owners of slots."""
-    for expert, slot in zip(experts, slots, strict=True):
-        if (previous := state.owner_of[slot]) >= 0:
-            state.slot_of[previous] = -1
-        state.slot_of[expert], state.owner_of[slot] = slot, expert
-        state.last_use[slot], state.unproven[slot] = now, new
-
-
 class _State:
-    """The directory's memory, as arrays."""
+    """The directory's memory, as arrays, and the rule by which slots are given away."""
 
-    def __init__(self, slot_of: Tensor, owner_of: Tensor, last_use: Tensor, unproven: Tensor) -> None:
+    def __init__(
+        self,
+        layer: int,
+        predicted: bool,
+        horizon: int,
+        slot_of: Tensor,
+        owner_of: Tensor,
+        last_use: Tensor,
+        unproven: Tensor,
+        use: Tensor,
+    ) -> None:
+        self.layer, self.predicted, self.horizon = layer, predicted, horizon
+        self.num_layers, self.num_experts = slot_of.shape
         self.slot_of, self.owner_of = _numbers(slot_of), _numbers(owner_of)
-        self.last_use, self.unproven = _numbers(last_use), _numbers(unproven)
+        self.last_use, self.unproven, self.use = _numbers(last_use), _numbers(unproven), _numbers(use)
+
+    def victims(self, count: int, now: int, kept: Collection[int] = ()) -> list[int]:
+        """Return the slots to give away, at most `count`, in order: not `kept`, nor used `now`; see `admit`."""
+        free = [slot for slot, used in enumerate(self.last_use) if used != now and slot not in kept]
+        # Of equal keys, the lower slot.
+        return heapq.nsmallest(count, free, key=lambda slot: (-self._key(slot, now), slot))
+
+    def _key(self, slot: int, now: int) -> int:
+        owner: int = self.owner_of[slot]
+        if owner < 0:
+            return EMPTY
+        if not self.predicted:
+            return int(min(now - self.last_use[slot], EMPTY - 1))
+        distance = (owner // self.num_experts - self.layer - 1) % self.num_layers + 1
+        if self.unproven[slot] and distance <= self.horizon:
+            return distance
+        return distance + self.num_layers * (ONE // max(self.use[owner], 1) - 1)
+
+    def place(self, experts: list[int], slots: list[int], now: int, unproven: int) -> None:
+        """Make experts, by their flat numbers, the owners of slots."""
+        for expert, slot in zip(experts, slots, strict=True):
+            if (previous := self.owner_of[slot]) >= 0:
+                self.slot_of[previous] = -1
+            self.slot_of[expert], self.owner_of[slot] = slot, expert
+            self.last_use[slot], self.unproven[slot] = now, unproven
 
 
 def _store_columns(to: Tensor, entries: list[tuple[int, int, int]]) -> None:
@@ -120,15 +121,16 @@ def admit_reference(
     """Compute `admit` on the CPU."""
     _check(experts.numel(), pending, slot_of, owner_of, slots, misses)
     num_experts, base = slot_of.shape[1], layer * slot_of.shape[1]
-    state, waiting = _State(slot_of, owner_of, last_use, unproven), _numbers(pending)
+    state = _State(layer, predicted, horizon, slot_of, owner_of, last_use, unproven, use)
+    waiting, often = _numbers(pending), state.use
     if first:
-        often = _numbers(use)
         chosen = set(_numbers(experts))
         for expert in range(num_experts):
             waiting[expert] = expert in chosen
             often[base + expert] += (ONE >> RATE) * waiting[expert] - (often[base + expert] >> RATE)
-    clock += 1
-    now = _numbers(clock)[0]
+    time = _numbers(clock)
+    time[0] += 1
+    now = time[0]
     wanted = [expert for expert in range(num_experts) if waiting[expert]]
     where = state.slot_of[base : base + num_experts]
     here = [expert for expert in wanted if where[expert] >= 0]
@@ -139,10 +141,9 @@ def admit_reference(
     placed: list[int] = []
     if len(here) < len(wanted):
         absent = [expert for expert in wanted if where[expert] < 0][: misses.shape[1] - len(resumed)]
-        rule = (layer, predicted, horizon, slot_of, owner_of, last_use, unproven, use, clock)
-        victims = _victims(last_use != clock, len(absent), *rule)
+        victims = state.victims(len(absent), now)
         placed = absent[: len(victims)]
-        _place([base + expert for expert in placed], victims, now, 0, state)
+        state.place([base + expert for expert in placed], victims, now, 0)
         for expert, slot in zip(placed, victims, strict=True):
             where[expert] = slot
     served, total = _numbers(slots), _numbers(counts)
@@ -277,20 +278,17 @@ def admit_ahead_reference(
     issued: Tensor,
 ) -> None:
     """Compute `admit_ahead` on the CPU."""
-    state, now = _State(slot_of, owner_of, last_use, unproven), _numbers(clock)[0]
+    state = _State(layer, predicted, horizon, slot_of, owner_of, last_use, unproven, use)
+    now = _numbers(clock)[0]
     _numbers(issued)[0] = now
     wanted = [expert for expert in dict.fromkeys(_numbers(candidates)) if expert >= 0]
     where = {expert: state.slot_of[expert] for expert in wanted}
     resumed = {expert for expert in wanted if where[expert] >= 0 and state.unproven[where[expert]]}
     placed = [expert for expert in wanted if where[expert] < 0][:limit]
     if placed:
-        free = last_use != clock
-        owned = [slot for slot in where.values() if slot >= 0]
-        free[owned] = False
-        rule = (layer, predicted, horizon, slot_of, owner_of, last_use, unproven, use, clock)
-        victims = _victims(free, len(placed), *rule)
+        victims = state.victims(len(placed), now, {slot for slot in where.values() if slot >= 0})
         placed = placed[: len(victims)]
-        _place(placed, victims, now, 1, state)
+        state.place(placed, victims, now, 1)
         where.update(zip(placed, victims, strict=True))
     entered = [expert for expert in wanted if expert in resumed or expert in placed]
     _store_columns(ahead, [(expert, where[expert], int(expert in resumed)) for expert in entered])
