@@ -55,6 +55,12 @@ def add_running_options(p: argparse.ArgumentParser) -> None:
         help="longest sequence in tokens (default: the checkpoint's, or what memory allows)",
     )
     add("--max-batch", type=int, default=8, metavar="N", help="sequences decoded together (default: %(default)s)")
+    add(
+        "--predictor",
+        metavar="FILE",
+        help="for policy duo: a file of duomoe.train_predictor, gate or none (default: the checkpoint's "
+        "predictor.safetensors, else gate)",
+    )
     add("--link-bandwidth", metavar="RATE", help="pace the link of a CPU to this, as 25GB/s")
     add("--link-latency", default="0us", metavar="TIME", help="of a copy over a paced link, as 10us")
     add("--compile", default="auto", help="torch.compile: auto (on for CUDA), on or off (default: %(default)s)")

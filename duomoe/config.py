@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 
 import torch
 
@@ -23,6 +24,7 @@ class EngineConfig:
     policy: str = "auto"  # auto (resident where all experts fit, else duo), or a policy's name
     gpu_memory: str | int | None = None  # in all: bytes or "8GiB"; None: 90 % of what is free, on a CPU no limit
     expert_memory: str | int | None = None  # of expert slots: bytes, "2GiB" or a share, "15%"; None: what is left
+    predictor: str | os.PathLike[str] | None = None  # a file, "gate" or "none"; None: beside the checkpoint, or gate
     compile: str = "auto"  # torch.compile for the non-expert layers: auto (on for CUDA), on, off
     graph: bool = True  # decode steps as CUDA graphs, on CUDA
     link_bandwidth: str | int | None = None  # pace the CPU's link: bytes per second or a size as "25GB/s"
@@ -77,6 +79,30 @@ class EngineConfig:
         """Return the limit on expert slots: bytes as an int, a share of all experts as a Fraction, or None."""
         return None if self.expert_memory is None else parse_size_or_share(self.expert_memory, "--expert-memory")
 
+    def predictor_file(self, folder: ModelFolder) -> Path | None:
+        """Return the predictor's file, or None where the choice is "gate" or "none", or there is no file.
+
+        Raises:
+            InputError: when a file was named that is not there.
+        """
+        if self.predictor is None:
+            beside = folder.checkpoint.path / "predictor.safetensors"
+            return beside if beside.is_file() else None
+        if self.predictor in ("gate", "none"):
+            return None
+        if not Path(self.predictor).is_file():
+            raise InputError(f"--predictor: {self.predictor} is not a file; give one, or gate or none")
+        return Path(self.predictor)
+
+    def predictor_bytes(self, folder: ModelFolder, dtype: torch.dtype) -> int:
+        """Return how much memory a predictor's weights take at most."""
+        if self.predictor == "none":
+            return 0
+        file, model = self.predictor_file(folder), folder.config
+        routers = len(model.moe_layers) * model.num_experts * model.hidden_size * dtype.itemsize
+        # A file may hold numbers of 2 bytes that become 4.
+        return routers + (0 if file is None else file.stat().st_size * max(1, dtype.itemsize // 2))
+
     def plan(self, model: ModelFolder | str | os.PathLike[str] | None = None) -> Plan:
         """Return how the device's memory will be divided; reads no weights and allocates nothing.
 
@@ -87,7 +113,7 @@ class EngineConfig:
             InputError: when the folder cannot be used, or memory does not suffice.
         """
         folder = model if isinstance(model, ModelFolder) else ModelFolder(model)
-        device = self.torch_device()
+        device, dtype = self.torch_device(), self.torch_dtype(folder.config)
         memory, name = self.device_limit(), "--gpu-memory"
         if device.type == "cuda":
             free = device_memory()
@@ -104,8 +130,10 @@ class EngineConfig:
             experts=self.expert_limit(),
             max_model_len=self.max_model_len,
             max_batch=self.max_batch,
+            predictor_bytes=self.predictor_bytes(folder, dtype),
+            graphs=self.graph and device.type == "cuda",
         )
-        return make_plan(folder.architecture, folder.config, self.torch_dtype(folder.config), limits)
+        return make_plan(folder.architecture, folder.config, dtype, limits)
 
 
 def _choose(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from duomoe.checkpoint import Checkpoint
 from duomoe.config import EngineConfig
 from duomoe.engine.decode_step import DecodeStep
 from duomoe.engine.engine import Engine
@@ -20,8 +19,8 @@ from duomoe.engine.scheduler import Scheduler
 from duomoe.errors import InputError
 from duomoe.experts.format import plain_format
 from duomoe.experts.link import Traffic, open_link
-from duomoe.experts.policies import BOUNDED, Policy, Resident
-from duomoe.experts.predictor import GatePredictor
+from duomoe.experts.policies import BOUNDED, PREDICTED, Policy, Resident
+from duomoe.experts.predictor import GatePredictor, Predictor, load_predictor
 from duomoe.experts.store import ExpertStore
 from duomoe.memory.kv_cache import KVCache
 from duomoe.memory.plan import Plan
@@ -116,13 +115,13 @@ class LLM:
         self._numbers = itertools.count()
         self._lock = threading.RLock()  # one step at a time; callers in several threads share the batch
         try:
-            self._build(checkpoint, architecture, quiet)
+            self._build(folder, quiet)
         except torch.OutOfMemoryError:
             raise InputError("the GPU's memory ran out while loading; lower --gpu-memory or free some") from None
 
-    def _build(self, checkpoint: Checkpoint, architecture: Architecture, quiet: bool) -> None:
+    def _build(self, folder: ModelFolder, quiet: bool) -> None:
         """Allocate what the plan says, load the weights, and put the engine together."""
-        plan = self.plan
+        plan, checkpoint, architecture = self.plan, folder.checkpoint, folder.architecture
         device = self.engine_config.torch_device()
         compiled = {"auto": device.type == "cuda", "on": True, "off": False}[self.engine_config.compile]
         if device.type == "cuda" and self.engine_config.gpu_memory is not None:
@@ -149,7 +148,7 @@ class LLM:
             self.policy = Resident(model, store)
         else:
             link = open_link(device, self.engine_config.pace())
-            predictor = GatePredictor(model) if plan.policy == "duo" else None
+            predictor = self._predictor(folder, model) if plan.policy in PREDICTED else None
             bounded = BOUNDED[plan.policy](model, store, plan.num_slots, link, predictor)
             assert bounded.residency.pool.rows.nbytes == plan.slot_bytes, "the slots are not as planned"
             self.policy = bounded
@@ -168,6 +167,12 @@ class LLM:
             "expert_store_bytes": plan.store_bytes,
             "kv_cache_bytes": plan.kv_bytes,
         }
+
+    def _predictor(self, folder: ModelFolder, model: Model) -> Predictor | None:
+        if self.engine_config.predictor == "none" or len(self.config.moe_layers) < 2:
+            return None
+        file = self.engine_config.predictor_file(folder)
+        return GatePredictor(model) if file is None else load_predictor(file, model, self.fingerprint())
 
     def _enforce(self, plan: Plan) -> None:
         """Let torch's allocator keep to the stated budget, beyond what others in this process hold.

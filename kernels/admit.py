@@ -81,7 +81,7 @@ class _State:
         distance = (owner // self.num_experts - self.layer - 1) % self.num_layers + 1
         if self.unproven[slot] and distance <= self.horizon:
             return distance
-        return distance + self.num_layers * (ONE // max(self.use[owner], 1) - 1)
+        return int(distance + self.num_layers * (ONE // max(self.use[owner], 1) - 1))
 
     def place(self, experts: list[int], slots: list[int], now: int, unproven: int) -> None:
         """Make experts, by their flat numbers, the owners of slots."""

@@ -49,6 +49,6 @@ class Directory:
         self.clock = filled(0, 1, dtype=torch.int64)
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The tensors, in the order in which the kernels take them."""
         return self.slot_of, self.owner_of, self.last_use, self.unproven, self.use, self.clock

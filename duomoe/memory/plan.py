@@ -15,9 +15,9 @@ import torch
 
 from duomoe.errors import InputError
 from duomoe.experts.format import plain_format
-from duomoe.experts.policies import BOUNDED, STREAMING
+from duomoe.experts.policies import BOUNDED, PREDICTED, STREAMING
 from duomoe.experts.prefill import SMALLEST_RING, ring_slots
-from duomoe.kernels import gemv_splits
+from duomoe.kernels import LANES, gemv_splits
 from duomoe.kernels.attention import CHUNK as DECODE_CHUNK
 from duomoe.kernels.permute import BLOCK as SORT_BLOCK
 from duomoe.memory.kv_cache import PAGE_SIZE, kv_page_bytes, pages_for
@@ -62,6 +62,8 @@ class Limits:
         max_model_len: the longest sequence in tokens; None is what the checkpoint is made for, or less where memory is
             short.
         max_batch: sequences decoded together.
+        predictor_bytes: of the predictor's weights, where the policy has use for one.
+        graphs: decode steps are captured as CUDA graphs.
     """
 
     device: str
@@ -72,6 +74,8 @@ class Limits:
     experts: int | Fraction | None
     max_model_len: int | None
     max_batch: int
+    predictor_bytes: int = 0
+    graphs: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,8 @@ class Plan:
         num_slots: experts that are on the device at once; all of them under `resident`.
         max_model_len: the longest sequence, in tokens.
         num_pages: of the KV cache.
+        predictor: of its weights, where the policy has use for one.
+        graphs: decode steps are captured as CUDA graphs.
         budget: what `total` may be; None is no limit.
     """
 
@@ -99,6 +105,8 @@ class Plan:
     max_batch: int
     max_model_len: int
     num_pages: int
+    predictor: int
+    graphs: bool
     budget: int | None
 
     @property
@@ -115,6 +123,21 @@ class Plan:
     def slot_bytes(self) -> int:
         """Bytes of the expert slots."""
         return self.num_slots * self.row_bytes
+
+    @property
+    def predictor_bytes(self) -> int:
+        """Bytes of the predictor's weights."""
+        return self.predictor if self.policy in PREDICTED else 0
+
+    @property
+    def decode_bytes(self) -> int:
+        """Bytes of what decode keeps on a GPU: the directory of slots, and the memory that its CUDA graphs share."""
+        if self.device != "cuda":
+            return 0
+        parts = self.workspace()
+        graphs = parts["logits"] + parts["decode attention"] + parts["decode experts"] if self.graphs else 0
+        directory = self.num_slots * (4 * LANES + 20) + 24 * self.num_experts if self.policy in STREAMING else 0
+        return graphs + directory
 
     @property
     def ring_slots(self) -> int:
@@ -144,14 +167,21 @@ class Plan:
         pages = [self.kv_bytes // (2 * self.model.num_layers)] * (2 * self.model.num_layers)
         pools = len(self.model.moe_layers) if self.policy == "resident" else 1
         rows = [self.slot_bytes // pools] * pools if self.num_slots else []
-        tensors = [*self.weight_sizes, *pages, *rows]
+        tensors = [*self.weight_sizes, self.predictor_bytes, *pages, *rows]
         # Blocks of the workspace are cached and split: a quarter, and two segments, for what does not fit together.
-        return cuda_reserved(tensors) - sum(tensors) + self.workspace_bytes // 4 + 40 * MIB + LIBRARY_BYTES
+        return (
+            cuda_reserved(tensors)
+            - sum(tensors)
+            + (self.workspace_bytes + self.decode_bytes) // 4
+            + 40 * MIB
+            + LIBRARY_BYTES
+        )
 
     @property
     def total(self) -> int:
         """Bytes on the device: on CUDA the most that torch's allocator reserves."""
-        return self.weights_bytes + self.kv_bytes + self.workspace_bytes + self.slot_bytes + self.allocator_bytes
+        fixed = self.weights_bytes + self.predictor_bytes + self.workspace_bytes + self.decode_bytes
+        return fixed + self.kv_bytes + self.slot_bytes + self.allocator_bytes
 
     @property
     def store_bytes(self) -> int:
@@ -214,6 +244,8 @@ class Plan:
             "total_bytes": self.total,
             "weights_bytes": self.weights_bytes,
             "kv_cache_bytes": self.kv_bytes,
+            "predictor_bytes": self.predictor_bytes,
+            "decode_bytes": self.decode_bytes,
             "workspace_bytes": self.workspace_bytes,
             "workspace": self.workspace(),
             "expert_slots_bytes": self.slot_bytes,
@@ -241,6 +273,10 @@ class Plan:
             ("KV pages", self.kv_bytes, f"{self.num_pages * PAGE_SIZE} tokens, {self._sequences()}"),
             ("workspace", self.workspace_bytes, f"for passes of up to {self.pass_tokens} tokens"),
         ]
+        if self.predictor_bytes:
+            rows.append(("predictor", self.predictor_bytes, ""))
+        if self.decode_bytes:
+            rows.append(("decode", self.decode_bytes, "CUDA graphs" if self.graphs else "directory of slots"))
         if ring:
             rows.append(
                 ("prefill ring", ring * self.row_bytes, f"{ring} expert slots of {format_size(self.row_bytes)}")
@@ -292,6 +328,8 @@ def make_plan(architecture: Architecture, model: ModelConfig, dtype: torch.dtype
         max_batch=limits.max_batch,
         max_model_len=shortest,
         num_pages=pages_for(shortest),
+        predictor=limits.predictor_bytes,
+        graphs=limits.graphs,
         budget=limits.memory,
     )
     budget = least.total + limits.host_memory // 4 if limits.memory is None else limits.memory
@@ -377,6 +415,8 @@ def _too_little(least: Plan, limits: Limits) -> str:
         ("weights", least.weights_bytes),
         (f"KV pages for {least.max_model_len} tokens", least.kv_bytes),
         ("workspace", least.workspace_bytes),
+        ("predictor", least.predictor_bytes),
+        ("decode", least.decode_bytes),
         (f"{least.num_slots} expert slot{'' if least.num_slots == 1 else 's'}", least.slot_bytes),
         ("allocator", least.allocator_bytes),
     ]

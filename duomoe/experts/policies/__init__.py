@@ -20,5 +20,7 @@ BOUNDED: dict[str, type[BoundedPolicy]] = {
 }
 # Of these, those whose prefill streams through a ring of slots.
 STREAMING = [name for name, policy in BOUNDED.items() if issubclass(policy, CachedPolicy)]
+# Of these, those that have use for a predictor.
+PREDICTED = [name for name in STREAMING if getattr(BOUNDED[name], "predicted", False)]
 
-__all__ = ["BOUNDED", "STREAMING", "Policy", "Resident"]
+__all__ = ["BOUNDED", "PREDICTED", "STREAMING", "Policy", "Resident"]
