@@ -115,14 +115,113 @@ class GatePredictor(Predictor):
         ahead = self._ahead(index)
         if ahead == 0:
             return []
-        return self._ranked(self._logits(index, ahead, h))
+        return self._ranked(F.linear(h, self._next_routers(index, ahead)))
 
-    def _logits(self, index: int, ahead: int, h: Tensor) -> Tensor:
-        """Return the next routers' logits [tokens, ahead * num_experts] for this layer's input."""
-        return F.linear(h, self.routers[index + 1 : index + 1 + ahead].flatten(0, 1))
+    def _next_routers(self, index: int, ahead: int) -> Tensor:
+        """Return the routers of the next layers as one matrix [ahead * num_experts, hidden]."""
+        return self.routers[index + 1 : index + 1 + ahead].flatten(0, 1)
 
 
-KINDS: dict[str, type[Predictor]] = {kind.KIND: kind for kind in (GatePredictor,)}
+class LearnedPredictor(GatePredictor):
+    """The gate plus a trained correction of low rank.
+
+    A state of `rank` numbers is carried from layer to layer, of what the token's router inputs were so far:
+    state = silu(down @ h + across @ state + down_bias); the next routers' logits are corrected by up @ state + up_bias.
+
+    Args:
+        model: whose experts are predicted.
+        tensors: of `SHAPES`.
+    """
+
+    KIND = "learned"
+    SHAPES: ClassVar[dict[str, tuple[str, ...]]] = Predictor.SHAPES | {
+        "down": ("layers", "rank", "hidden"),
+        "across": ("layers", "rank", "rank"),
+        "down_bias": ("layers", "rank"),
+        "up": ("layers", "horizon", "experts", "rank"),
+        "up_bias": ("layers", "horizon", "experts"),
+    }
+
+    def __init__(self, model: Model, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(model, tensors["reliability"])
+        names = ("down", "across", "down_bias", "up", "up_bias")
+        self.down, self.across, self.down_bias, self.up, self.up_bias = (
+            tensors[name].to(model.device, model.dtype) for name in names
+        )
+        self._state: Tensor | None = None
+
+    @classmethod
+    def of_tensors(cls, model: Model, tensors: Mapping[str, Tensor]) -> "LearnedPredictor":
+        """Make one of a file's tensors."""
+        return cls(model, tensors)
+
+    def predict(self, index: int, h: Tensor, routing: Routing) -> list[Tensor]:
+        """Rank by the next routers' corrected logits; see `Predictor.predict`."""
+        ahead = self._ahead(index)
+        if ahead == 0:
+            return []
+        sums = F.linear(h, self.down[index], self.down_bias[index])
+        if index > 0:
+            assert self._state is not None
+            sums = torch.addmm(sums, self._state, self.across[index].t())
+        self._state = F.silu(sums)
+        gate = F.linear(h, self._next_routers(index, ahead), self.up_bias[index, :ahead].flatten())
+        return self._ranked(torch.addmm(gate, self._state, self.up[index, :ahead].flatten(0, 1).t()))
+
+
+class HistoryPredictor(Predictor):
+    """The predictor of DuoServe-MoE (arXiv 2509.07379), which looks at choices only, never at hidden states.
+
+    Its inputs are the experts that the token chose in the layers so far, the popularity of the next layers' experts,
+    and their affinity to this layer's choice; through an MLP. Popularity is constant and affinity a sum over the chosen
+    experts, so the MLP's first layer is kept as tables with a row for every expert: `chosen` is added up over the
+    layers so far, `affinity` counts for this layer only, and `popularity` is a layer's constant.
+
+    Args:
+        model: whose experts are predicted.
+        tensors: of `SHAPES`.
+    """
+
+    KIND = "history"
+    SHAPES: ClassVar[dict[str, tuple[str, ...]]] = Predictor.SHAPES | {
+        "chosen": ("layers", "experts", "rank"),
+        "affinity": ("layers", "experts", "rank"),
+        "popularity": ("layers", "rank"),
+        "up": ("layers", "horizon", "experts", "rank"),
+        "up_bias": ("layers", "horizon", "experts"),
+    }
+
+    def __init__(self, model: Model, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(model, tensors["reliability"])
+        names = ("chosen", "affinity", "popularity", "up", "up_bias")
+        self.chosen, self.affinity, self.popularity, self.up, self.up_bias = (
+            tensors[name].to(model.device, model.dtype) for name in names
+        )
+        self._history: Tensor | None = None
+
+    @classmethod
+    def of_tensors(cls, model: Model, tensors: Mapping[str, Tensor]) -> "HistoryPredictor":
+        """Make one of a file's tensors."""
+        return cls(model, tensors)
+
+    def predict(self, index: int, h: Tensor, routing: Routing) -> list[Tensor]:
+        """Rank by what followed such choices in training; see `Predictor.predict`."""
+        ahead = self._ahead(index)
+        if ahead == 0:
+            return []
+        history = F.embedding_bag(routing.experts, self.chosen[index], mode="sum")
+        if index > 0:
+            assert self._history is not None
+            history = history + self._history
+        self._history = history
+        affinity = F.embedding_bag(routing.experts, self.affinity[index], mode="sum")
+        state = F.silu(history + affinity + self.popularity[index])
+        return self._ranked(
+            F.linear(state, self.up[index, :ahead].flatten(0, 1), self.up_bias[index, :ahead].flatten())
+        )
+
+
+KINDS: dict[str, type[Predictor]] = {kind.KIND: kind for kind in (HistoryPredictor, GatePredictor, LearnedPredictor)}
 
 
 def default_width(config: ModelConfig) -> int:
