@@ -389,4 +389,4 @@ def table(scores: dict[str, Scores]) -> Iterator[str]:
                 + "".join(f"{100 * value:10.1f}%" for value in mine)
                 + "".join(f"{100 * value:15.1f}%" for value in others)
             )
-    yield f"layer: among those with experts, the one predicted; columns 3 to 6 are {name}'s, then recall@{top_k} of others"
+    yield f"layer: the one predicted, of those with experts; columns 3 to 6 are {name}'s, the rest recall@{top_k}"
