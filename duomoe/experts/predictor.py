@@ -123,10 +123,9 @@ class GatePredictor(Predictor):
 
 
 class LearnedPredictor(GatePredictor):
-    """The gate plus a trained correction of low rank.
+    """The gate plus a trained correction for what this layer's experts and the next attention will change.
 
-    A state of `rank` numbers is carried from layer to layer, of what the token's router inputs were so far:
-    state = silu(down @ h + across @ state + down_bias); the next routers' logits are corrected by up @ state + up_bias.
+    The next routers' logits are corrected by up @ silu(down @ h + down_bias) + up_bias.
 
     Args:
         model: whose experts are predicted.
@@ -136,7 +135,6 @@ class LearnedPredictor(GatePredictor):
     KIND = "learned"
     SHAPES: ClassVar[dict[str, tuple[str, ...]]] = Predictor.SHAPES | {
         "down": ("layers", "rank", "hidden"),
-        "across": ("layers", "rank", "rank"),
         "down_bias": ("layers", "rank"),
         "up": ("layers", "horizon", "experts", "rank"),
         "up_bias": ("layers", "horizon", "experts"),
@@ -144,11 +142,10 @@ class LearnedPredictor(GatePredictor):
 
     def __init__(self, model: Model, tensors: Mapping[str, Tensor]) -> None:
         super().__init__(model, tensors["reliability"])
-        names = ("down", "across", "down_bias", "up", "up_bias")
-        self.down, self.across, self.down_bias, self.up, self.up_bias = (
+        names = ("down", "down_bias", "up", "up_bias")
+        self.down, self.down_bias, self.up, self.up_bias = (
             tensors[name].to(model.device, model.dtype) for name in names
         )
-        self._state: Tensor | None = None
 
     @classmethod
     def of_tensors(cls, model: Model, tensors: Mapping[str, Tensor]) -> "LearnedPredictor":
@@ -160,13 +157,9 @@ class LearnedPredictor(GatePredictor):
         ahead = self._ahead(index)
         if ahead == 0:
             return []
-        sums = F.linear(h, self.down[index], self.down_bias[index])
-        if index > 0:
-            assert self._state is not None
-            sums = torch.addmm(sums, self._state, self.across[index].t())
-        self._state = F.silu(sums)
+        state = F.silu(F.linear(h, self.down[index], self.down_bias[index]))
         gate = F.linear(h, self._next_routers(index, ahead), self.up_bias[index, :ahead].flatten())
-        return self._ranked(torch.addmm(gate, self._state, self.up[index, :ahead].flatten(0, 1).t()))
+        return self._ranked(torch.addmm(gate, state, self.up[index, :ahead].flatten(0, 1).t()))
 
 
 class HistoryPredictor(Predictor):

@@ -40,7 +40,7 @@ def weights(kind: str, horizon: int = HORIZON) -> dict[str, Tensor]:
     shapes: dict[str, tuple[int, ...]] = {"reliability": (horizon, LAYERS, WIDTH)}
     up = {"up": (LAYERS, horizon, EXPERTS, RANK), "up_bias": (LAYERS, horizon, EXPERTS)}
     if kind == "learned":
-        shapes |= {"down": (LAYERS, RANK, HIDDEN), "across": (LAYERS, RANK, RANK), "down_bias": (LAYERS, RANK)} | up
+        shapes |= {"down": (LAYERS, RANK, HIDDEN), "down_bias": (LAYERS, RANK)} | up
     if kind == "history":
         shapes |= {"chosen": (LAYERS, EXPERTS, RANK), "affinity": (LAYERS, EXPERTS, RANK)}
         shapes |= {"popularity": (LAYERS, RANK)} | up
@@ -80,9 +80,7 @@ def expected(kind: str, model: Model, token: list[tuple[Tensor, list[int]]], ind
     if kind == "gate":
         return best((router @ h).tolist())
     if kind == "learned":
-        state = torch.zeros(RANK)
-        for layer in range(index + 1):
-            state = silu(w["down"][layer] @ token[layer][0] + w["across"][layer] @ state + w["down_bias"][layer])
+        state = silu(w["down"][index] @ h + w["down_bias"][index])
         scores = router @ h
     else:
         sums = w["popularity"][index].clone()
