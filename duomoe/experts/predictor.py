@@ -78,9 +78,13 @@ class Predictor(ABC):
             expected in layer index + ahead, likeliest first. Empty at the last layer.
         """
 
-    def _ahead(self, index: int) -> int:
-        """Return how many layers can be looked ahead from a layer."""
-        return min(self.horizon, self.layers - 1 - index)
+    def _next_layers(self, model: Model, weights: Tensor) -> list[Tensor]:
+        """Return for each layer what concerns the layers it can look ahead to, of [layers, horizon, experts, …].
+
+        Each is [ahead * num_experts, …], on the model's device: prepared, because slicing costs as much as computing.
+        """
+        kept = (layer[: self.layers - 1 - index] for index, layer in enumerate(_by_layer(model, weights)))
+        return [layer.flatten(0, 1) for layer in kept]
 
     def _ranked(self, scores: Tensor) -> list[Tensor]:
         """Return the experts by descending score, from [tokens, ahead * num_experts]; of equals the lower first."""
@@ -101,9 +105,10 @@ class GatePredictor(Predictor):
 
     def __init__(self, model: Model, reliability: Tensor | None = None) -> None:
         super().__init__(model, typical_reliability(model.config) if reliability is None else reliability)
-        # One copy in which the routers of consecutive layers are one matrix.
         routers = [model.blocks[layer].router for layer in model.config.moe_layers]
-        self.routers = torch.stack([router for router in routers if router is not None])
+        # One copy, and a view of it for each layer: the routers of the next ones as one matrix.
+        stacked = torch.stack([router for router in routers if router is not None])
+        self.routers = [stacked[index + 1 : index + 1 + self.horizon].flatten(0, 1) for index in range(self.layers)]
 
     @classmethod
     def of_tensors(cls, model: Model, tensors: Mapping[str, Tensor]) -> "GatePredictor":
@@ -112,14 +117,9 @@ class GatePredictor(Predictor):
 
     def predict(self, index: int, h: Tensor, routing: Routing) -> list[Tensor]:
         """Rank by the next routers' logits; see `Predictor.predict`."""
-        ahead = self._ahead(index)
-        if ahead == 0:
+        if index == self.layers - 1:
             return []
-        return self._ranked(F.linear(h, self._next_routers(index, ahead)))
-
-    def _next_routers(self, index: int, ahead: int) -> Tensor:
-        """Return the routers of the next layers as one matrix [ahead * num_experts, hidden]."""
-        return self.routers[index + 1 : index + 1 + ahead].flatten(0, 1)
+        return self._ranked(F.linear(h, self.routers[index]))
 
 
 class LearnedPredictor(GatePredictor):
@@ -142,10 +142,8 @@ class LearnedPredictor(GatePredictor):
 
     def __init__(self, model: Model, tensors: Mapping[str, Tensor]) -> None:
         super().__init__(model, tensors["reliability"])
-        names = ("down", "down_bias", "up", "up_bias")
-        self.down, self.down_bias, self.up, self.up_bias = (
-            tensors[name].to(model.device, model.dtype) for name in names
-        )
+        self.down, self.down_bias = (_by_layer(model, tensors[name]) for name in ("down", "down_bias"))
+        self.up, self.up_bias = (self._next_layers(model, tensors[name]) for name in ("up", "up_bias"))
 
     @classmethod
     def of_tensors(cls, model: Model, tensors: Mapping[str, Tensor]) -> "LearnedPredictor":
@@ -154,12 +152,11 @@ class LearnedPredictor(GatePredictor):
 
     def predict(self, index: int, h: Tensor, routing: Routing) -> list[Tensor]:
         """Rank by the next routers' corrected logits; see `Predictor.predict`."""
-        ahead = self._ahead(index)
-        if ahead == 0:
+        if index == self.layers - 1:
             return []
         state = F.silu(F.linear(h, self.down[index], self.down_bias[index]))
-        gate = F.linear(h, self._next_routers(index, ahead), self.up_bias[index, :ahead].flatten())
-        return self._ranked(torch.addmm(gate, state, self.up[index, :ahead].flatten(0, 1).t()))
+        gate = F.linear(h, self.routers[index], self.up_bias[index])
+        return self._ranked(torch.addmm(gate, state, self.up[index].t()))
 
 
 class HistoryPredictor(Predictor):
@@ -186,10 +183,10 @@ class HistoryPredictor(Predictor):
 
     def __init__(self, model: Model, tensors: Mapping[str, Tensor]) -> None:
         super().__init__(model, tensors["reliability"])
-        names = ("chosen", "affinity", "popularity", "up", "up_bias")
-        self.chosen, self.affinity, self.popularity, self.up, self.up_bias = (
-            tensors[name].to(model.device, model.dtype) for name in names
-        )
+        # Side by side, so that one look-up serves both.
+        self.tables = _by_layer(model, torch.cat([tensors["chosen"], tensors["affinity"]], -1))
+        self.popularity = _by_layer(model, tensors["popularity"])
+        self.up, self.up_bias = (self._next_layers(model, tensors[name]) for name in ("up", "up_bias"))
         self._history: Tensor | None = None
 
     @classmethod
@@ -199,22 +196,23 @@ class HistoryPredictor(Predictor):
 
     def predict(self, index: int, h: Tensor, routing: Routing) -> list[Tensor]:
         """Rank by what followed such choices in training; see `Predictor.predict`."""
-        ahead = self._ahead(index)
-        if ahead == 0:
+        if index == self.layers - 1:
             return []
-        history = F.embedding_bag(routing.experts, self.chosen[index], mode="sum")
+        chosen, affinity = F.embedding(routing.experts, self.tables[index]).sum(1).chunk(2, 1)
         if index > 0:
             assert self._history is not None
-            history = history + self._history
-        self._history = history
-        affinity = F.embedding_bag(routing.experts, self.affinity[index], mode="sum")
-        state = F.silu(history + affinity + self.popularity[index])
-        return self._ranked(
-            F.linear(state, self.up[index, :ahead].flatten(0, 1), self.up_bias[index, :ahead].flatten())
-        )
+            chosen = chosen + self._history
+        self._history = chosen
+        state = F.silu(chosen + affinity + self.popularity[index])
+        return self._ranked(F.linear(state, self.up[index], self.up_bias[index]))
 
 
 KINDS: dict[str, type[Predictor]] = {kind.KIND: kind for kind in (HistoryPredictor, GatePredictor, LearnedPredictor)}
+
+
+def _by_layer(model: Model, weights: Tensor) -> list[Tensor]:
+    """Return each layer's weights, on the model's device and in its dtype."""
+    return list(weights.to(model.device, model.dtype).unbind(0))
 
 
 def default_width(config: ModelConfig) -> int:
