@@ -160,10 +160,10 @@ def train(kind: str, trace: Path, out: Path, *more: str) -> int:
     return main(["--trace", str(trace), "--kind", kind, "--out", str(out), *more])
 
 
-def recalls(output: str, who: str) -> list[float]:
-    """Return recall@top_k for 1, 2 and 3 layers ahead from the printed table's means."""
+def means(output: str, who: str) -> list[list[float]]:
+    """Return the four metrics, in per cent, for 1, 2 and 3 layers ahead from the printed table's means."""
     rows = [line.split() for line in output.split("\n\n")[0].splitlines()[1:]]
-    return [float(row[-2].rstrip("%")) for row in rows if " ".join(row[1:-4]) == who]
+    return [[float(value.rstrip("%")) for value in row[-4:]] for row in rows if " ".join(row[1:-4]) == who]
 
 
 @pytest.mark.parametrize("kind", ["history", "gate", "learned"])
@@ -172,11 +172,13 @@ def test_a_predictor_beats_the_controls_and_can_be_used(
 ) -> None:
     assert train(kind, trace, tmp_path / "p") == 0
     output = capsys.readouterr().out
-    mine = recalls(output, kind)
+    mine = means(output, kind)
     for other in ("moe-infinity", "previous token", "popularity", "shuffled"):
-        assert len(recalls(output, other)) == 3
-        assert all(a > b + 5 for a, b in zip(mine, recalls(output, other), strict=True)), other
-    assert all(a > 1.3 * b for a, b in zip(mine, recalls(output, "shuffled"), strict=True))
+        theirs = means(output, other)
+        assert len(theirs) == 3
+        for (exact, _, recall, _), (their_exact, _, their_recall, _) in zip(mine, theirs, strict=True):
+            # The margin over MoE-Infinity's predictor that arXiv 2509.07379 reports is 1.4 to 1.6.
+            assert exact > 1.4 * their_exact and recall > their_recall + 5, other
     # A row for each layer that can be predicted, from 1, 2 and 3 layers before.
     assert sum(line[:1].isdigit() for line in output.split("\n\n")[1].splitlines()) == 7 + 6 + 5
 
@@ -185,7 +187,7 @@ def test_a_predictor_beats_the_controls_and_can_be_used(
     held_out = training.split(Trace.load(trace, embedded.fingerprint()))[1]
     scores = training.measure(training.foresee(predictor, held_out, torch.float32), held_out)
     assert torch.allclose(scores.precision, predictor.reliability)
-    assert scores.means(1)[2] * 100 == pytest.approx(mine[0], abs=0.06)
+    assert [100 * value for value in scores.means(1)] == pytest.approx(mine[0], abs=0.06)
     assert [path.name for path in tmp_path.iterdir()] == ["p"]
 
 

@@ -4,6 +4,7 @@ A forecast is what a predictor, a baseline or a control says of some decode toke
 experts expected in MoE layer index + ahead by one who stands at layer index, int [tokens, width], likeliest first.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -21,6 +22,7 @@ Forecast = list[list[Tensor]]
 
 SEED = 0
 EPOCHS = 8
+MAX_STEPS = 4000  # so that a large trace takes no longer than minutes
 BATCH = 512  # tokens
 LEARNING_RATE = 4e-3
 LEARNED_RANK = 320
@@ -191,7 +193,8 @@ def _descend(
     for weight in weights.values():
         weight.requires_grad_()
     optimizer = torch.optim.AdamW(weights.values(), LEARNING_RATE)
-    batches = [batch for _ in range(EPOCHS) for batch in torch.randperm(tokens, generator=draw).split(BATCH)]
+    epochs = (torch.randperm(tokens, generator=draw).split(BATCH) for _ in range(EPOCHS))
+    batches = list(itertools.islice(itertools.chain.from_iterable(epochs), MAX_STEPS))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=len(batches), pct_start=0.1)
     with tqdm(batches, desc="training", unit="step", disable=quiet, leave=False) as bar:
         for batch in bar:
