@@ -80,7 +80,7 @@ class _State:
             return int(min(now - self.last_use[slot], EMPTY - 1))
         distance = (owner // self.num_experts - self.layer - 1) % self.num_layers + 1
         if self.unproven[slot] and distance <= self.horizon:
-            return distance
+            return int(distance)
         return int(distance + self.num_layers * (ONE // max(self.use[owner], 1) - 1))
 
     def place(self, experts: list[int], slots: list[int], now: int, unproven: int) -> None:

@@ -78,9 +78,13 @@ class Predictor(ABC):
             expected in layer index + ahead, likeliest first. Empty at the last layer.
         """
 
-    def _ahead(self, index: int) -> int:
-        """Return how many layers can be looked ahead from a layer."""
-        return min(self.horizon, self.layers - 1 - index)
+    def _next_layers(self, model: Model, weights: Tensor) -> list[Tensor]:
+        """Return for each layer what concerns the layers it can look ahead to, of [layers, horizon, experts, …].
+
+        Each is [ahead * num_experts, …], on the model's device: prepared, because slicing costs as much as computing.
+        """
+        kept = (layer[: self.layers - 1 - index] for index, layer in enumerate(_by_layer(model, weights)))
+        return [layer.flatten(0, 1) for layer in kept]
 
     def _ranked(self, scores: Tensor) -> list[Tensor]:
         """Return the experts by descending score, from [tokens, ahead * num_experts]; of equals the lower first."""
@@ -101,9 +105,10 @@ class GatePredictor(Predictor):
 
     def __init__(self, model: Model, reliability: Tensor | None = None) -> None:
         super().__init__(model, typical_reliability(model.config) if reliability is None else reliability)
-        # One copy in which the routers of consecutive layers are one matrix.
         routers = [model.blocks[layer].router for layer in model.config.moe_layers]
-        self.routers = torch.stack([router for router in routers if router is not None])
+        # One copy, and a view of it for each layer: the routers of the next ones as one matrix.
+        stacked = torch.stack([router for router in routers if router is not None])
+        self.routers = [stacked[index + 1 : index + 1 + self.horizon].flatten(0, 1) for index in range(self.layers)]
 
     @classmethod
     def of_tensors(cls, model: Model, tensors: Mapping[str, Tensor]) -> "GatePredictor":
@@ -112,17 +117,102 @@ class GatePredictor(Predictor):
 
     def predict(self, index: int, h: Tensor, routing: Routing) -> list[Tensor]:
         """Rank by the next routers' logits; see `Predictor.predict`."""
-        ahead = self._ahead(index)
-        if ahead == 0:
+        if index == self.layers - 1:
             return []
-        return self._ranked(self._logits(index, ahead, h))
-
-    def _logits(self, index: int, ahead: int, h: Tensor) -> Tensor:
-        """Return the next routers' logits [tokens, ahead * num_experts] for this layer's input."""
-        return F.linear(h, self.routers[index + 1 : index + 1 + ahead].flatten(0, 1))
+        return self._ranked(F.linear(h, self.routers[index]))
 
 
-KINDS: dict[str, type[Predictor]] = {kind.KIND: kind for kind in (GatePredictor,)}
+class LearnedPredictor(GatePredictor):
+    """The gate plus a trained correction for what this layer's experts and the next attention will change.
+
+    The next routers' logits are corrected by up @ silu(down @ h + down_bias) + up_bias.
+
+    Args:
+        model: whose experts are predicted.
+        tensors: of `SHAPES`.
+    """
+
+    KIND = "learned"
+    SHAPES: ClassVar[dict[str, tuple[str, ...]]] = Predictor.SHAPES | {
+        "down": ("layers", "rank", "hidden"),
+        "down_bias": ("layers", "rank"),
+        "up": ("layers", "horizon", "experts", "rank"),
+        "up_bias": ("layers", "horizon", "experts"),
+    }
+
+    def __init__(self, model: Model, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(model, tensors["reliability"])
+        self.down, self.down_bias = (_by_layer(model, tensors[name]) for name in ("down", "down_bias"))
+        self.up, self.up_bias = (self._next_layers(model, tensors[name]) for name in ("up", "up_bias"))
+
+    @classmethod
+    def of_tensors(cls, model: Model, tensors: Mapping[str, Tensor]) -> "LearnedPredictor":
+        """Make one of a file's tensors."""
+        return cls(model, tensors)
+
+    def predict(self, index: int, h: Tensor, routing: Routing) -> list[Tensor]:
+        """Rank by the next routers' corrected logits; see `Predictor.predict`."""
+        if index == self.layers - 1:
+            return []
+        state = F.silu(F.linear(h, self.down[index], self.down_bias[index]))
+        gate = F.linear(h, self.routers[index], self.up_bias[index])
+        return self._ranked(torch.addmm(gate, state, self.up[index].t()))
+
+
+class HistoryPredictor(Predictor):
+    """The predictor of DuoServe-MoE (arXiv 2509.07379), which looks at choices only, never at hidden states.
+
+    Its inputs are the experts that the token chose in the layers so far, the popularity of the next layers' experts,
+    and their affinity to this layer's choice; through an MLP. Popularity is constant and affinity a sum over the chosen
+    experts, so the MLP's first layer is kept as tables with a row for every expert: `chosen` is added up over the
+    layers so far, `affinity` counts for this layer only, and `popularity` is a layer's constant.
+
+    Args:
+        model: whose experts are predicted.
+        tensors: of `SHAPES`.
+    """
+
+    KIND = "history"
+    SHAPES: ClassVar[dict[str, tuple[str, ...]]] = Predictor.SHAPES | {
+        "chosen": ("layers", "experts", "rank"),
+        "affinity": ("layers", "experts", "rank"),
+        "popularity": ("layers", "rank"),
+        "up": ("layers", "horizon", "experts", "rank"),
+        "up_bias": ("layers", "horizon", "experts"),
+    }
+
+    def __init__(self, model: Model, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(model, tensors["reliability"])
+        # Side by side, so that one look-up serves both.
+        self.tables = _by_layer(model, torch.cat([tensors["chosen"], tensors["affinity"]], -1))
+        self.popularity = _by_layer(model, tensors["popularity"])
+        self.up, self.up_bias = (self._next_layers(model, tensors[name]) for name in ("up", "up_bias"))
+        self._history: Tensor | None = None
+
+    @classmethod
+    def of_tensors(cls, model: Model, tensors: Mapping[str, Tensor]) -> "HistoryPredictor":
+        """Make one of a file's tensors."""
+        return cls(model, tensors)
+
+    def predict(self, index: int, h: Tensor, routing: Routing) -> list[Tensor]:
+        """Rank by what followed such choices in training; see `Predictor.predict`."""
+        if index == self.layers - 1:
+            return []
+        chosen, affinity = F.embedding(routing.experts, self.tables[index]).sum(1).chunk(2, 1)
+        if index > 0:
+            assert self._history is not None
+            chosen = chosen + self._history
+        self._history = chosen
+        state = F.silu(chosen + affinity + self.popularity[index])
+        return self._ranked(F.linear(state, self.up[index], self.up_bias[index]))
+
+
+KINDS: dict[str, type[Predictor]] = {kind.KIND: kind for kind in (HistoryPredictor, GatePredictor, LearnedPredictor)}
+
+
+def _by_layer(model: Model, weights: Tensor) -> list[Tensor]:
+    """Return each layer's weights, on the model's device and in its dtype."""
+    return list(weights.to(model.device, model.dtype).unbind(0))
 
 
 def default_width(config: ModelConfig) -> int:

@@ -108,6 +108,7 @@ def test_any_model_and_any_limits(
     assert plan.budget is None or plan.total <= plan.budget
     assert plan.total == sum(
         [plan.weights_bytes, plan.kv_bytes, plan.slot_bytes, plan.workspace_bytes, plan.allocator_bytes]
+        + [plan.predictor_bytes, plan.decode_bytes]
     )
     # One sequence has pages; nobody gets more than there is to hold.
     assert plan.max_model_len <= min(length or model.max_position, model.max_position)
