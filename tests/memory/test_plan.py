@@ -172,7 +172,7 @@ def test_the_ring_is_that_of_the_prefill(tiny: Callable[..., Any]) -> None:
         llm = LLM(tiny("qwen3_moe").path, device="cpu", policy="lru", expert_memory=slots * 13824)
         assert isinstance(llm.policy, Lru)
         assert llm.plan.num_slots == slots
-        assert llm.policy.stream.kept == (slots - llm.plan.ring_slots) // 3
+        assert 1 - llm.policy.stream.spared_below == (slots - llm.plan.ring_slots) // 3
 
 
 def test_the_host_must_hold_the_experts() -> None:
@@ -229,7 +229,8 @@ def test_what_is_allocated_is_what_was_planned(
         else storages(*(view for views in llm.policy.weights for view in views.values()))  # type: ignore[attr-defined]
     )
     assert (weights, pages, slots) == (plan.weights_bytes, plan.kv_bytes, plan.slot_bytes)
-    assert memory is None or weights + pages + slots + plan.workspace_bytes == plan.total <= float(memory[:-2]) * 1e6
+    others = plan.workspace_bytes + plan.predictor_bytes
+    assert memory is None or weights + pages + slots + others == plan.total <= float(memory[:-2]) * 1e6
     assert llm.memory.items() <= plan.as_dict().items()
     prompt = prompt_of(40)
     assert llm.generate(prompt, SamplingParams(max_new_tokens=30))[0].token_ids == [
