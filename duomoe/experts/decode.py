@@ -8,6 +8,8 @@ time in which the link would be idle, that is until the next `admit`.
 A step that needs more experts than there are slots runs in waves; their number is known from shapes.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -63,6 +65,8 @@ class Decode:
         self.num_layers, self.num_experts = directory.slot_of.shape
         self.horizon = predictor.horizon if predictor else 0
         self.counts = torch.zeros(2, dtype=torch.int64, device=directory.clock.device)  # hits and misses
+        # Looking ahead is a handful of small kernels, which take as long as an expert's computation.
+        self._side = torch.cuda.Stream(directory.clock.device) if predictor and directory.clock.is_cuda else None
         self._demands: dict[tuple[int, int], _Demand] = {}  # by layer and width
         self._aheads: dict[tuple[int, int], _Ahead] = {}
         # How many of the predictor's choices are worth sending, by layer and by how far ahead it is.
@@ -84,10 +88,20 @@ class Decode:
             )  # fmt: skip
             self.fetcher.fetch(demand.misses)
             if wave == waves - 1:
-                self._look_ahead(index, h, routing)
+                with self._beside():
+                    self._look_ahead(index, h, routing)
             total.wave(self.pool.views, demand.slots[0])
             self.fetcher.join()
             total.wave(self.pool.views, demand.slots[1])
+        if self._side is not None:
+            torch.cuda.current_stream().wait_stream(self._side)
+
+    def _beside(self) -> AbstractContextManager[object]:
+        """On a GPU, let what is launched within run beside the experts' computation."""
+        if self._side is None:
+            return nullcontext()
+        self._side.wait_stream(torch.cuda.current_stream())
+        return torch.cuda.stream(self._side)
 
     def _look_ahead(self, index: int, h: Tensor, routing: Routing) -> None:
         """Send ahead what the predictor expects the next layers to need, the likeliest of the nearest layer first."""
