@@ -106,10 +106,8 @@ def test_any_model_and_any_limits(
 
     everything = len(model.moe_layers) * model.num_experts
     assert plan.budget is None or plan.total <= plan.budget
-    assert plan.total == sum(
-        [plan.weights_bytes, plan.kv_bytes, plan.slot_bytes, plan.workspace_bytes, plan.allocator_bytes]
-        + [plan.predictor_bytes, plan.decode_bytes]
-    )
+    fixed = plan.weights_bytes + plan.predictor_bytes + plan.workspace_bytes + plan.decode_bytes
+    assert plan.total == fixed + plan.kv_bytes + plan.slot_bytes + plan.allocator_bytes
     # One sequence has pages; nobody gets more than there is to hold.
     assert plan.max_model_len <= min(length or model.max_position, model.max_position)
     assert plan.max_model_len <= plan.num_pages * PAGE_SIZE < batch * (plan.max_model_len + PAGE_SIZE)
