@@ -206,7 +206,8 @@ def test_a_clock_that_moves_meanwhile_stops_the_kernel() -> None:
     rows = Rows(row_bytes, DEVICE)
     before, entries = rows.pool.clone(), [(expert, expert, 0) for expert in range(SLOTS)]
     rows.fetch_ahead(fetch_ahead, [(0, 0, 0)])  # compiled before it matters, and so is
-    rows.clock += 0  # this: a kernel's first launch loads it, which waits for those that run
+    torch.cuda._sleep(1)
+    rows.clock += 0  # these: a kernel's first launch loads it, which waits for those that run
     rows.pool.copy_(before)
     rows.moved.zero_()
     torch.cuda.synchronize()
