@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PROMPT ?= Emma was not at all surprised when
 
-.PHONY: generate test lint bench venv clean
+.PHONY: generate test lint bench bench-policies venv clean
 
 generate: .venv/ready
 	@.venv/bin/python -m duomoe.generate --prompt "$(PROMPT)" --max-new-tokens 128 --temperature 0.8 --top-p 0.95 --seed 1
@@ -21,6 +21,9 @@ lint: .venv/ready
 
 bench: .venv/ready
 	.venv/bin/pytest tests/benchmarks --benchmark-enable --benchmark-only
+
+bench-policies: .venv/ready
+	OMP_WAIT_POLICY=PASSIVE .venv/bin/python -P tests/benchmarks/policies.py
 
 venv: .venv/ready
 

@@ -2,16 +2,20 @@
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from duomoe.errors import InputError
 from duomoe.text_file import read_text
+
+if TYPE_CHECKING:
+    from duomoe.config import EngineConfig
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,6 +24,54 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage."""
         raise InputError(f"{message} (see --help)")
+
+
+def add_running_options(p: argparse.ArgumentParser) -> None:
+    """Add the choices of how a model is run, the same for all tools; `engine_config` reads them."""
+    p.add_argument("--model", metavar="DIR", help="a folder in Hugging Face layout (default: the embedded model)")
+    running = p.add_argument_group("running")
+
+    def add(flag: str, **options: Any) -> None:
+        running.add_argument(flag, **options)
+
+    add("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    add("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16, float16 (default: %(default)s)")
+    add("--policy", default="auto", help="auto, resident, duo, lru or a baseline (default: %(default)s)")
+    add(
+        "--gpu-memory",
+        metavar="SIZE",
+        help="memory on the GPU for everything, as 8GiB (default: 90%% of what is free); on a CPU, memory for all but "
+        "the experts' home (default: no limit)",
+    )
+    add(
+        "--expert-memory",
+        metavar="SIZE",
+        help="of it, for expert slots, as 2GiB or as a share of all experts, 15%% (default: what the rest leaves)",
+    )
+    add(
+        "--max-model-len",
+        type=int,
+        metavar="N",
+        help="longest sequence in tokens (default: the checkpoint's, or what memory allows)",
+    )
+    add("--max-batch", type=int, default=8, metavar="N", help="sequences decoded together (default: %(default)s)")
+    add(
+        "--predictor",
+        metavar="FILE",
+        help="for policy duo: a file of duomoe.train_predictor, gate or none (default: the checkpoint's "
+        "predictor.safetensors, else gate)",
+    )
+    add("--link-bandwidth", metavar="RATE", help="pace the link of a CPU to this, as 25GB/s")
+    add("--link-latency", default="0us", metavar="TIME", help="of a copy over a paced link, as 10us")
+    add("--compile", default="auto", help="torch.compile: auto (on for CUDA), on or off (default: %(default)s)")
+    add("--no-graph", dest="graph", action="store_false", help="do not run decode steps as CUDA graphs")
+
+
+def engine_config(args: argparse.Namespace) -> "EngineConfig":
+    """Return what was chosen with the options of `add_running_options`."""
+    from duomoe.config import EngineConfig
+
+    return EngineConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(EngineConfig)})
 
 
 def run_command(body: Callable[[], None]) -> int:

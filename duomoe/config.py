@@ -1,15 +1,18 @@
-"""How a model is to be run, and how sizes are written."""
+"""How a model is to be run."""
 
-import re
+import os
 from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
 
 import torch
 
 from duomoe.errors import InputError
 from duomoe.experts.link import Pace
+from duomoe.memory.plan import DEFAULT_SHARE, Limits, Plan, device_memory, host_memory, make_plan
+from duomoe.model_folder import ModelFolder
 from duomoe.models.config import DTYPES, ModelConfig
-
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+from duomoe.sizes import format_size, parse_size, parse_size_or_share, parse_time
 
 
 @dataclass(frozen=True)
@@ -18,13 +21,16 @@ class EngineConfig:
 
     device: str = "auto"  # auto (cuda where there is one), cpu, cuda
     dtype: str = "auto"  # auto (the checkpoint's), float32, bfloat16, float16
-    policy: str = "auto"  # auto (resident where every expert has a slot, else lru), or a policy's name
-    expert_memory: str | int | None = None  # of expert slots on the device: bytes or a size as "2GiB"; None: no limit
+    policy: str = "auto"  # auto (resident where all experts fit, else duo), or a policy's name
+    gpu_memory: str | int | None = None  # in all: bytes or "8GiB"; None: 90 % of what is free, on a CPU no limit
+    expert_memory: str | int | None = None  # of expert slots: bytes, "2GiB" or a share, "15%"; None: what is left
+    predictor: str | os.PathLike[str] | None = None  # a file, "gate" or "none"; None: beside the checkpoint, or gate
     compile: str = "auto"  # torch.compile for the non-expert layers: auto (on for CUDA), on, off
+    graph: bool = True  # decode steps as CUDA graphs, on CUDA
     link_bandwidth: str | int | None = None  # pace the CPU's link: bytes per second or a size as "25GB/s"
     link_latency: str | float = 0.0  # of each copy over a paced link: seconds or a time as "10us"
     max_batch: int = 8  # sequences decoded together
-    max_model_len: int | None = None  # longest sequence in tokens; None: what the checkpoint is made for
+    max_model_len: int | None = None  # longest sequence in tokens; None: the checkpoint's, or what memory allows
 
     def __post_init__(self) -> None:
         _choose("device", self.device, ("auto", "cpu", "cuda"))
@@ -35,7 +41,8 @@ class EngineConfig:
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise InputError(f"{_flag(name)} must be a whole number of at least 1, got {value!r}")
 
-        self.expert_bytes()
+        self.device_limit()
+        self.expert_limit()
         if self.pace() is not None and self.torch_device().type == "cuda":
             raise InputError("--link-bandwidth paces the CPU's link; leave it out, or say --device cpu")
 
@@ -58,50 +65,75 @@ class EngineConfig:
         """Return how fast the link between host and device is to be, or None for as fast as it is."""
         latency = parse_time(self.link_latency, "--link-latency")
         if self.link_bandwidth is None:
+            if latency > 0:
+                raise InputError("--link-latency paces the link together with --link-bandwidth; give both")
             return None
         rate = str(self.link_bandwidth).strip().removesuffix("/s")
         return Pace(parse_size(rate, "--link-bandwidth", "25GB/s"), latency)
 
-    def expert_bytes(self) -> int | None:
-        """Return the limit on expert slots in bytes, or None for no limit."""
-        return None if self.expert_memory is None else parse_size(self.expert_memory, "--expert-memory")
+    def device_limit(self) -> int | None:
+        """Return the stated limit on the device's memory in bytes, or None."""
+        return None if self.gpu_memory is None else parse_size(self.gpu_memory, "--gpu-memory", "8GiB or 500MB")
 
+    def expert_limit(self) -> int | Fraction | None:
+        """Return the limit on expert slots: bytes as an int, a share of all experts as a Fraction, or None."""
+        return None if self.expert_memory is None else parse_size_or_share(self.expert_memory, "--expert-memory")
 
-def parse_size(text: str | int, name: str, example: str = "500MB or 2GiB") -> int:
-    """Return a size in bytes: a number, or a number with B, KB, MB, GB (powers of 1000) or KiB, MiB, GiB (of 1024).
+    def predictor_file(self, folder: ModelFolder) -> Path | None:
+        """Return the predictor's file, or None where the choice is "gate" or "none", or there is no file.
 
-    Raises:
-        InputError: when it is not a size greater than zero; `name` says what was given.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
-    if not found or found[2].upper() not in UNITS:
-        raise InputError(f"{name}: {text!r} is not a size; write it as {example}")
-    size = int(min(float(found[1]), 1e30) * UNITS[found[2].upper()])
-    if size < 1:
-        raise InputError(f"{name}: must be greater than zero, got {text!r}")
-    return size
+        Raises:
+            InputError: when a file was named that is not there.
+        """
+        if self.predictor is None:
+            beside = folder.checkpoint.path / "predictor.safetensors"
+            return beside if beside.is_file() else None
+        if self.predictor in ("gate", "none"):
+            return None
+        if not Path(self.predictor).is_file():
+            raise InputError(f"--predictor: {self.predictor} is not a file; give one, or gate or none")
+        return Path(self.predictor)
 
+    def predictor_bytes(self, folder: ModelFolder, dtype: torch.dtype) -> int:
+        """Return how much memory a predictor's weights take at most."""
+        if self.predictor == "none":
+            return 0
+        file, model = self.predictor_file(folder), folder.config
+        routers = len(model.moe_layers) * model.num_experts * model.hidden_size * dtype.itemsize
+        # A file may hold numbers of 2 bytes that become 4.
+        return routers + (0 if file is None else file.stat().st_size * max(1, dtype.itemsize // 2))
 
-def parse_time(text: str | float, name: str) -> float:
-    """Return a time in seconds: a number, or a number with s, ms or us.
+    def plan(self, model: ModelFolder | str | os.PathLike[str] | None = None) -> Plan:
+        """Return how the device's memory will be divided; reads no weights and allocates nothing.
 
-    Raises:
-        InputError: when it is not a time of at least zero; `name` says what was given.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|ms|us)?\s*", str(text))
-    if not found:
-        raise InputError(f"{name}: {text!r} is not a time; write it as 10us or 0.5ms")
-    return float(found[1]) * {"s": 1.0, "ms": 1e-3, "us": 1e-6}[found[2] or "s"]
+        Args:
+            model: a folder in Hugging Face layout; None is the model that comes with this package.
 
-
-def format_size(size: int) -> str:
-    """Return a size for people, in binary units."""
-    amount = float(size)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if amount < 1024 or unit == "GiB":
-            break
-        amount /= 1024
-    return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.2f} {unit}"
+        Raises:
+            InputError: when the folder cannot be used, or memory does not suffice.
+        """
+        folder = model if isinstance(model, ModelFolder) else ModelFolder(model)
+        device, dtype = self.torch_device(), self.torch_dtype(folder.config)
+        memory, name = self.device_limit(), "--gpu-memory"
+        if device.type == "cuda":
+            free = device_memory()
+            if memory is None:
+                memory, name = int(free * DEFAULT_SHARE), "90 % of the GPU's free memory"
+            elif memory > free:
+                raise InputError(f"--gpu-memory: {format_size(memory)} is more than the GPU's free {format_size(free)}")
+        limits = Limits(
+            device=device.type,
+            policy=self.policy,
+            memory=memory,
+            memory_name=name,
+            host_memory=host_memory(),
+            experts=self.expert_limit(),
+            max_model_len=self.max_model_len,
+            max_batch=self.max_batch,
+            predictor_bytes=self.predictor_bytes(folder, dtype),
+            graphs=self.graph and device.type == "cuda",
+        )
+        return make_plan(folder.architecture, folder.config, dtype, limits)
 
 
 def _choose(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from duomoe.command import Parser, progress_is_visible, run_command, say, write
+from duomoe.command import Parser, add_running_options, engine_config, progress_is_visible, run_command, say, write
 from duomoe.errors import InputError
 from duomoe.text_file import read_text
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def parser() -> argparse.ArgumentParser:
     """Return the command line's grammar."""
     p = Parser(prog="python -m duomoe.generate", description="Continue a prompt with a Mixture-of-Experts model.")
-    p.add_argument("--model", metavar="DIR", help="a folder in Hugging Face layout (default: the embedded model)")
+    add_running_options(p)
     source = p.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT", help="the prompt (default: read from standard input)")
     source.add_argument("--prompt-file", metavar="FILE", help="a UTF-8 file that holds the prompt")
@@ -37,17 +37,8 @@ def parser() -> argparse.ArgumentParser:
     sampling.add_argument("--seed", type=int, metavar="S", help="makes sampling repeatable")
     sampling.add_argument("--stop", action="append", default=[], metavar="STR", help="end before this text; repeatable")
     sampling.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
-    running = p.add_argument_group("running")
-    running.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
-    running.add_argument("--dtype", default="auto", help="auto (default: the checkpoint's), float32, bfloat16, float16")
-    running.add_argument("--policy", default="auto", help="auto (default), resident, lru or on_demand")
-    running.add_argument(
-        "--expert-memory", metavar="SIZE", help="device memory for experts, as 2GiB (default: no limit)"
-    )
-    running.add_argument("--link-bandwidth", metavar="RATE", help="pace the link of a CPU to this, as 25GB/s")
-    running.add_argument("--link-latency", default="0us", metavar="TIME", help="of a copy over a paced link, as 10us")
-    running.add_argument("--compile", default="auto", help="torch.compile: auto (default: on for CUDA), on or off")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of streaming text")
+    p.add_argument("--verbose", action="store_true", help="show the memory plan, on stderr")
     return p
 
 
@@ -61,7 +52,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     prompt = _read_prompt(args)
     # Torch takes seconds to import: late, so that --help and a mistyped option answer at once.
-    from duomoe.config import EngineConfig
     from duomoe.llm import LLM
     from duomoe.sampling import SamplingParams
 
@@ -74,16 +64,9 @@ def _run(args: argparse.Namespace) -> None:
         stop=tuple(args.stop),
         ignore_eos=args.ignore_eos,
     )
-    config = EngineConfig(
-        device=args.device,
-        dtype=args.dtype,
-        policy=args.policy,
-        expert_memory=args.expert_memory,
-        compile=args.compile,
-        link_bandwidth=args.link_bandwidth,
-        link_latency=args.link_latency,
-    )
-    llm = LLM(args.model, config, quiet=not progress_is_visible())
+    llm = LLM(args.model, engine_config(args), quiet=not progress_is_visible())
+    if args.verbose:
+        say(llm.plan.table())
     completion = _generate(llm, prompt, params, args.chat, show=not args.json)
     if args.json:
         write(json.dumps(as_json(completion, llm, prompt), ensure_ascii=False) + "\n")
@@ -104,7 +87,7 @@ def as_json(completion: "Completion", llm: "LLM", prompt: str) -> dict[str, obje
         "e2e_s": metrics.e2e_s,
         "policy": llm.policy_name,
         "memory": llm.memory,
-        "experts": asdict(metrics.experts),
+        "experts": asdict(metrics.experts) | {"prefetch_wasted_bytes": metrics.experts.prefetch_wasted_bytes},
     }
 
 
@@ -132,7 +115,7 @@ def _generate(llm: "LLM", prompt: str, params: "SamplingParams", chat: bool, sho
 
 
 def _summary(completion: "Completion", llm: "LLM") -> str:
-    from duomoe.config import format_size
+    from duomoe.sizes import format_size
 
     metrics = completion.metrics
     count = len(completion.token_ids)

@@ -4,30 +4,35 @@ import itertools
 import os
 import secrets
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from duomoe.checkpoint import Checkpoint
-from duomoe.config import EngineConfig, format_size
+from duomoe.config import EngineConfig
+from duomoe.engine.decode_step import DecodeStep
 from duomoe.engine.engine import Engine
 from duomoe.engine.request import Request
+from duomoe.engine.scheduler import Scheduler
 from duomoe.errors import InputError
-from duomoe.experts.format import ExpertFormat, plain_format
+from duomoe.experts.format import plain_format
 from duomoe.experts.link import Traffic, open_link
-from duomoe.experts.policies import BOUNDED, Policy, Resident
+from duomoe.experts.policies import BOUNDED, PREDICTED, Policy, Resident
+from duomoe.experts.predictor import GatePredictor, Predictor, load_predictor
 from duomoe.experts.store import ExpertStore
-from duomoe.memory.kv_cache import PAGE_SIZE, KVCache, kv_page_bytes, pages_for
-from duomoe.models import Architecture, Model, architecture_of
+from duomoe.memory.kv_cache import KVCache
+from duomoe.memory.plan import Plan
+from duomoe.model_folder import EMBEDDED_MODEL, ModelFolder
+from duomoe.models import Architecture, Model
 from duomoe.models.config import token_ids
-from duomoe.models.model import expected_tensors, stacked
+from duomoe.models.model import stacked
 from duomoe.sampling import SamplingParams
+from duomoe.sizes import format_size
 from duomoe.tokenizer import TextStream, Tokenizer
 
-EMBEDDED_MODEL = Path(__file__).parent / "assets"
+__all__ = ["EMBEDDED_MODEL", "LLM", "Chunk", "Completion", "Metrics"]
 
 Prompt = str | Sequence[int]
 
@@ -91,15 +96,9 @@ class LLM:
             self.engine_config = config or EngineConfig(**options)  # type: ignore[arg-type]
         except TypeError as error:
             raise TypeError(f"LLM: {error}") from None
-        checkpoint = Checkpoint(EMBEDDED_MODEL if path is None else path)
-        architecture = architecture_of(checkpoint.config)
-        self.config = architecture.parse(checkpoint.config)
-        if self.config.quantization is not None:
-            raise InputError(f"this checkpoint is quantised ({self.config.quantization.method}): not supported yet")
-        if "lm_head.weight" in checkpoint.tensors:
-            # What is stored counts, also where the config says that the head is the embedding.
-            self.config = replace(self.config, tie_word_embeddings=False)
-        checkpoint.check(expected_tensors(architecture, self.config))
+        folder = ModelFolder(path)
+        checkpoint, architecture, self.config = folder.checkpoint, folder.architecture, folder.config
+        self.plan = self.engine_config.plan(folder)
         has_tokenizer = (checkpoint.path / "tokenizer.json").exists()
         self.tokenizer = Tokenizer(checkpoint) if has_tokenizer else None
         generation = checkpoint.read_json("generation_config.json") or {}
@@ -116,49 +115,78 @@ class LLM:
         self._numbers = itertools.count()
         self._lock = threading.RLock()  # one step at a time; callers in several threads share the batch
         try:
-            self._build(checkpoint, architecture, quiet)
+            self._build(folder, quiet)
         except torch.OutOfMemoryError:
-            raise InputError("the GPU's memory is too small; lower --expert-memory, or the longest sequence") from None
+            raise InputError("the GPU's memory ran out while loading; lower --gpu-memory or free some") from None
 
-    def _build(self, checkpoint: Checkpoint, architecture: Architecture, quiet: bool) -> None:
-        """Allocate everything, load the weights, and put the engine together."""
+    def _build(self, folder: ModelFolder, quiet: bool) -> None:
+        """Allocate what the plan says, load the weights, and put the engine together."""
+        plan, checkpoint, architecture = self.plan, folder.checkpoint, folder.architecture
         device = self.engine_config.torch_device()
-        dtype = self.engine_config.torch_dtype(self.config)
         compiled = {"auto": device.type == "cuda", "on": True, "off": False}[self.engine_config.compile]
+        if device.type == "cuda" and self.engine_config.gpu_memory is not None:
+            self._enforce(plan)
 
-        model = Model(architecture, self.config, device, dtype, compiled)
-        expert_format = plain_format(self.config.hidden_size, self.config.moe_intermediate_size, dtype)
-        self.policy_name, slots = self._choose_policy(expert_format)
-        resident = self.policy_name == "resident"
+        model = Model(architecture, self.config, device, plan.dtype, compiled)
+        assert model.num_bytes == plan.weights_bytes, "the weights are not as planned"
+        resident = plan.policy == "resident"
         store = ExpertStore(
-            expert_format,
+            plain_format(self.config.hidden_size, self.config.moe_intermediate_size, plan.dtype),
             len(self.config.moe_layers),
             self.config.num_experts,
             device if resident else torch.device("cpu"),
             pinned=not resident and device.type == "cuda",
         )
-        experts = _expert_destinations(architecture, model, store)
-        checkpoint.load([*model.destinations(), *experts], quiet=quiet)
+        assert store.num_bytes == (plan.slot_bytes if resident else plan.store_bytes), "the store is not as planned"
+        checkpoint.load([*model.destinations(), *_expert_destinations(architecture, model, store)], quiet=quiet)
         model.share_equal_head()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what comparing the heads took is not to count beside what follows
 
         self.policy: Policy
         if resident:
             self.policy = Resident(model, store)
         else:
             link = open_link(device, self.engine_config.pace())
-            self.policy = BOUNDED[self.policy_name](model, store, slots, link)
-        self.max_model_len = min(self.engine_config.max_model_len or self.config.max_position, self.config.max_position)
-        num_pages = self._num_pages(device, dtype)
-        # Shorter than asked for only where memory does not hold one sequence of that length.
-        self.max_model_len = min(self.max_model_len, num_pages * PAGE_SIZE)
-        cache = KVCache(self.config, num_pages, device, dtype)
-        self.engine = Engine(model, self.policy, cache, self.eos_token_ids, self.engine_config.max_batch)
+            predictor = self._predictor(folder, model) if plan.policy in PREDICTED else None
+            bounded = BOUNDED[plan.policy](model, store, plan.num_slots, link, predictor)
+            assert bounded.residency.pool.rows.nbytes == plan.slot_bytes, "the slots are not as planned"
+            self.policy = bounded
+        self.policy_name = plan.policy
+        self.max_model_len = plan.max_model_len
+        cache = KVCache(self.config, plan.num_pages, device, plan.dtype)
+        assert cache.num_bytes == plan.kv_bytes, "the KV pages are not as planned"
+        scheduler = Scheduler(cache.allocator, plan.max_batch, plan.pass_tokens)
+        decode_step = DecodeStep(
+            model, self.policy, cache, plan.max_batch, plan.max_model_len, captured=self.engine_config.graph
+        )
+        self.engine = Engine(model, self.policy, cache, self.eos_token_ids, scheduler, decode_step)
         self.memory = {
-            "weights_bytes": model.num_bytes,
-            "expert_slots_bytes": slots * expert_format.row_bytes,
-            "expert_store_bytes": 0 if resident else store.num_bytes,
-            "kv_cache_bytes": cache.num_bytes,
+            "weights_bytes": model.num_bytes,  # less than planned where the head turned out to be the embedding
+            "expert_slots_bytes": plan.slot_bytes,
+            "expert_store_bytes": plan.store_bytes,
+            "kv_cache_bytes": plan.kv_bytes,
         }
+
+    def _predictor(self, folder: ModelFolder, model: Model) -> Predictor | None:
+        if self.engine_config.predictor == "none" or len(self.config.moe_layers) < 2:
+            return None
+        file = self.engine_config.predictor_file(folder)
+        return GatePredictor(model) if file is None else load_predictor(file, model, self.fingerprint())
+
+    def _enforce(self, plan: Plan) -> None:
+        """Let torch's allocator keep to the stated budget, beyond what others in this process hold.
+
+        The plan's sum cannot foresee which freed blocks the allocator keeps though they fit nothing; at its limit it
+        gives them back to the GPU and tries again, before it fails. The limit is the process's, so it is lifted when
+        this model goes.
+        """
+        assert plan.budget is not None
+        torch.cuda.empty_cache()
+        limit = torch.cuda.memory_reserved() + plan.budget
+        whole = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / whole))
+        weakref.finalize(self, torch.cuda.set_per_process_memory_fraction, 1.0).atexit = False
 
     def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> list[Completion]:
         """Continue prompts, several at a time.
@@ -199,12 +227,17 @@ class LLM:
         """Return the float32 logits [tokens, vocab] after each token of a prompt.
 
         Raises:
-            InputError: when the prompt is empty or too long, or a token id is not in the vocabulary.
+            InputError: when the prompt is empty or too long, a token id is not in the vocabulary, or the GPU's memory
+                does not hold the logits of so many tokens; the plan has room for those of `max_batch` tokens.
             RuntimeError: when requests that are under way have taken all pages of the KV cache.
         """
         checked = self._tokens(tokens, room=0)
         with self._lock:
-            return self.engine.logits(next(self._numbers), checked)
+            try:
+                return self.engine.logits(next(self._numbers), checked)
+            except torch.OutOfMemoryError:
+                size = format_size(len(checked) * self.config.vocab_size * 4)
+                raise InputError(f"the GPU's memory does not hold {size} of logits; give a shorter prompt") from None
 
     def fingerprint(self) -> str:
         """Return what tells this model from any other, a hash of its routers; traces and predictors carry it."""
@@ -290,40 +323,6 @@ class LLM:
         if self.tokenizer is None:
             raise InputError("this checkpoint has no tokenizer.json; give the prompt as token ids")
         return self.tokenizer
-
-    def _choose_policy(self, expert_format: ExpertFormat) -> tuple[str, int]:
-        """Return the policy's name and its number of slots."""
-        asked, limit = self.engine_config.policy, self.engine_config.expert_bytes()
-        if asked not in ("auto", "resident", *BOUNDED):
-            raise InputError(f"--policy: {asked!r} is not one of auto, resident, {', '.join(BOUNDED)}")
-        row = expert_format.row_bytes
-        every = len(self.config.moe_layers) * self.config.num_experts
-        fitting = every if limit is None else min(limit // row, every)
-        if fitting < min(1, every):
-            raise InputError(f"--expert-memory: at least {format_size(row)} ({row} bytes) is needed, for one expert")
-        if asked == "resident" and fitting < every:
-            raise InputError(
-                f"--policy resident needs --expert-memory {every * row} ({format_size(every * row)}) for all {every} "
-                f"experts; give more or use --policy lru"
-            )
-        name = asked if asked != "auto" else "resident" if fitting == every else "lru"
-        if name in BOUNDED and limit is None:
-            fitting = self.config.num_experts
-        if name == "on_demand":  # keeps nothing past a layer
-            fitting = min(fitting, self.config.num_experts)
-        return name, fitting
-
-    def _num_pages(self, device: torch.device, dtype: torch.dtype) -> int:
-        """Return how many KV pages to have: enough for a full batch of full length, or what memory allows."""
-        full = self.engine_config.max_batch * pages_for(self.max_model_len)
-        if device.type == "cuda":
-            available = int(torch.cuda.mem_get_info()[0] * 0.8)
-        else:
-            available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
-        allowed = available // kv_page_bytes(self.config, dtype)
-        if allowed < 1:
-            raise InputError("no memory is left for KV pages; lower --expert-memory")
-        return min(full, allowed)
 
 
 def _expert_destinations(architecture: Architecture, model: Model, store: ExpertStore) -> Iterator[tuple[str, Tensor]]:

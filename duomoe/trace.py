@@ -5,24 +5,29 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from duomoe.command import Parser, progress_is_visible, read_prompts, run_command, say
+from duomoe.command import (
+    Parser,
+    add_running_options,
+    engine_config,
+    progress_is_visible,
+    read_prompts,
+    run_command,
+    say,
+)
 from duomoe.errors import InputError
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line's grammar."""
     p = Parser(prog="python -m duomoe.trace", description="Record which experts the tokens of some prompts use.")
-    p.add_argument("--model", metavar="DIR", help="a folder in Hugging Face layout (default: the embedded model)")
+    add_running_options(p)
+    p.set_defaults(max_batch=1, compile="off")  # one prompt after the other, so that a trace is the same everywhere
     p.add_argument("--prompts", metavar="FILE", required=True, help="one prompt a line, or .jsonl with a field prompt")
     p.add_argument("--out", metavar="TRACE", required=True, help="the safetensors file to write")
     p.add_argument("--hidden", action="store_true", help="also record the routers' inputs (larger by far)")
     p.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="of each prompt (default: 64)")
     p.add_argument("--temperature", type=float, default=0.8, metavar="T", help="(default: 0.8)")
     p.add_argument("--seed", type=int, default=0, metavar="S", help="(default: 0)")
-    p.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
-    p.add_argument("--dtype", default="auto", help="auto (default: the checkpoint's), float32, bfloat16, float16")
-    p.add_argument("--policy", default="auto", help="as in duomoe.generate")
-    p.add_argument("--expert-memory", metavar="SIZE", help="as in duomoe.generate")
     return p
 
 
@@ -39,15 +44,13 @@ def _trace(args: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
-    from duomoe.config import EngineConfig
     from duomoe.experts.trace import Recorder
     from duomoe.llm import LLM
     from duomoe.sampling import SamplingParams
 
     params = SamplingParams(max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed)
-    config = EngineConfig(args.device, args.dtype, args.policy, args.expert_memory, compile="off", max_batch=1)
     quiet = not progress_is_visible()
-    llm = LLM(args.model, config, quiet=quiet)
+    llm = LLM(args.model, engine_config(args), quiet=quiet)
     recorder = Recorder(len(llm.config.moe_layers), args.hidden)
     llm.policy.observer = recorder.observe
     for prompt in tqdm(prompts, desc="tracing", unit="prompt", disable=quiet, leave=False):

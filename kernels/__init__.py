@@ -4,9 +4,11 @@ Every operation is a `torch.library` custom op in the namespace `duomoe`: on a C
 kernel, on a CPU tensor it computes the float32 reference. Experts are addressed by slot, never by expert number alone.
 """
 
+from duomoe.kernels.admit import admit, admit_ahead
 from duomoe.kernels.attention import paged_attention
 from duomoe.kernels.combine import combine
 from duomoe.kernels.expert_gemv import experts_down_gemv, experts_gate_up_gemv, gemv_splits, use_gemv
+from duomoe.kernels.fetch import LANES, fetch, fetch_ahead
 from duomoe.kernels.grouped_gemm import experts_down, experts_gate_up
 from duomoe.kernels.packed_bf16 import expand_bf16
 from duomoe.kernels.permute import group_by_expert
@@ -15,13 +17,18 @@ from duomoe.kernels.rope import rope_and_cache
 from duomoe.kernels.router import route
 
 __all__ = [
+    "LANES",
     "add_rms_norm",
+    "admit",
+    "admit_ahead",
     "combine",
     "expand_bf16",
     "experts_down",
     "experts_down_gemv",
     "experts_gate_up",
     "experts_gate_up_gemv",
+    "fetch",
+    "fetch_ahead",
     "gemv_splits",
     "group_by_expert",
     "paged_attention",

@@ -14,7 +14,7 @@ class Batch(NamedTuple):
     tokens: Tensor  # [tokens] int64
     cos: Tensor  # [tokens, head_dim / 2] float32
     sin: Tensor  # as cos
-    rows: Tensor  # [tokens] int64: page * page_size + offset of each token's key and value
+    rows: Tensor  # [tokens] int64: page * page_size + offset of each token's key and value; -1 for padding
     page_table: Tensor  # [sequences, max_pages] int32
     query_start: Tensor  # [sequences + 1] int32: where each sequence's tokens begin
     context_len: Tensor  # [sequences] int32: tokens of each sequence so far, those of this pass included

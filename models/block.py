@@ -30,7 +30,7 @@ def before(
 
     Returns:
         `(x, h, routing)`: the stream with attention added, the normalised hidden states that the experts work on, and
-        the router's choice (None in a dense block).
+        the router's choice (None in a dense block; no experts, -1, for tokens that are padding).
     """
     h = rms_norm(x, w.input_norm, c.rms_norm_eps)
     qkv = F.linear(h, w.qkv, w.qkv_bias)
@@ -50,7 +50,8 @@ def before(
     h, x = add_rms_norm(attended, x, w.post_norm, c.rms_norm_eps)
     if w.router is None:
         return x, h, None
-    return x, h, Routing(*route(F.linear(h, w.router), c.top_k, c.norm_topk_prob))
+    weights, experts = route(F.linear(h, w.router), c.top_k, c.norm_topk_prob)
+    return x, h, Routing(weights, experts.masked_fill(batch.rows[:, None] < 0, -1))
 
 
 def after(w: BlockWeights, x: Tensor, h: Tensor, y: Tensor | None) -> Tensor:

@@ -56,7 +56,8 @@ def test_json_holds_everything(folder: Path, capsys: pytest.CaptureFixture[str])
     assert result["policy"] == "resident"
     assert {"weights_bytes", "expert_slots_bytes", "kv_cache_bytes"} <= result["memory"].keys()
     assert set(result["experts"]) == {
-        "streamed_bytes", "demand_bytes", "prefetch_used_bytes", "prefetch_wasted_bytes", "hits", "misses"
+        "streamed_bytes", "demand_bytes", "prefetched_bytes", "prefetch_used_bytes", "prefetch_wasted_bytes",
+        "hits", "misses",
     }  # fmt: skip
     assert "TTFT" in err and "tokens/s" in err and err.count("\n") == 1
 
@@ -78,7 +79,7 @@ def test_less_memory_prints_the_same_text(folder: Path, capsys: pytest.CaptureFi
         return
     expected, found = json.loads(whole), json.loads(out)
     assert found["token_ids"] == expected["token_ids"] and found["text"] == expected["text"]
-    assert found["policy"] == "lru"
+    assert found["policy"] == "duo"
     moved = found["experts"]["demand_bytes"] + found["experts"]["streamed_bytes"]
     assert moved >= found["experts"]["misses"] * 13824 > 0
     assert found["memory"]["expert_slots_bytes"] <= 102400
@@ -180,11 +181,11 @@ def test_a_bad_chat_template(folder: Path, capsys: pytest.CaptureFixture[str], t
         (["--prompt", "a", "--seed", "-3"], "--seed"),
         (["--prompt", "a", "--stop", ""], "--stop"),
         (["--prompt", "a", "--expert-memory", "0"], "--expert-memory"),
-        (["--prompt", "a", "--expert-memory", "lots"], "500MB or 2GiB"),
+        (["--prompt", "a", "--expert-memory", "lots"], "500MB, 2GiB or 15%"),
         (["--prompt", "a", "--expert-memory", "-1"], "--expert-memory"),
         (["--prompt", "a", "--expert-memory", "1B"], "at least"),
         (["--prompt", "a", "--policy", "magic"], "'magic'"),
-        (["--prompt", "a", "--policy", "resident", "--expert-memory", "50KB"], "--policy lru"),
+        (["--prompt", "a", "--policy", "resident", "--expert-memory", "50KB"], "--policy duo"),
         (["--prompt", "a", "--dtype", "int3"], "int3"),
         (["--prompt", "a", "--device", "tpu"], "tpu"),
         (["--prompt", "a", "--compile", "maybe"], "maybe"),

@@ -55,7 +55,7 @@ def test_a_failed_step_ends_its_requests_and_no_others(
     first, second = llm.stream(prompt_of(5), params), llm.stream(prompt_of(9), params)
     tokens = [next(first).token_id]
     with monkeypatch.context() as patch:
-        patch.setattr(llm.policy, "forward", lambda *_: 1 / 0)
+        patch.setattr(llm.policy, "prefill", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             next(second)  # was admitted by the step that failed; the first was not part of it
     assert tokens + [chunk.token_id for chunk in first] == alone[0]
@@ -89,9 +89,8 @@ def test_prompts_are_checked_before_anything_runs(llm: LLM, prompt_of: Callable[
     assert llm.generate([]) == []
 
 
-def test_a_request_larger_than_the_cache_is_refused(tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LLM, "_num_pages", lambda *_: 3)
-    llm = LLM(tiny("qwen3_moe").path, device="cpu")
+def test_a_request_longer_than_planned_is_refused(tiny: Callable[..., Any]) -> None:
+    llm = LLM(tiny("qwen3_moe").path, device="cpu", max_model_len=48)
     with pytest.raises(InputError, match="48 tokens"):
         llm.generate([1] * 49)
     assert len(llm.generate([1] * 40, SamplingParams(max_new_tokens=100))[0].token_ids) == 8

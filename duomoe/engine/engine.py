@@ -1,15 +1,18 @@
 """The loop: admit, prefill or decode, sample, hand tokens to their requests."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from duomoe.engine.chunks import Span, batch_of, cut
+from duomoe.engine.decode_step import DecodeStep
 from duomoe.engine.request import Request
 from duomoe.engine.scheduler import Scheduler
 from duomoe.experts.policies import Policy
-from duomoe.memory.kv_cache import PAGE_SIZE, KVCache
-from duomoe.models import Batch, Model
+from duomoe.memory.kv_cache import KVCache
+from duomoe.models import Model
 from duomoe.sampling import sample
 
 
@@ -21,12 +24,21 @@ class Engine:
         policy: runs the blocks with their experts.
         cache: the KV pages.
         eos: token ids that end a sequence.
-        max_batch: how many requests run at once.
+        scheduler: says who runs next.
+        decode_step: runs one step of the running requests.
     """
 
-    def __init__(self, model: Model, policy: Policy, cache: KVCache, eos: frozenset[int], max_batch: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        policy: Policy,
+        cache: KVCache,
+        eos: frozenset[int],
+        scheduler: Scheduler,
+        decode_step: DecodeStep,
+    ) -> None:
         self.model, self.policy, self.cache, self.eos = model, policy, cache, eos
-        self.scheduler = Scheduler(cache.allocator, max_batch)
+        self.scheduler, self.decode_step = scheduler, decode_step
 
     @torch.inference_mode()
     def step(self) -> list[Request]:
@@ -47,68 +59,21 @@ class Engine:
         return requests
 
     def _advance(self, requests: list[Request], admitted: bool) -> None:
-        tokens = [request.prompt if admitted else request.generated[-1:] for request in requests]
-        logits = self._forward([request.number for request in requests], tokens, [r.length for r in requests])
+        tokens = self._prefill(requests) if admitted else self.decode_step.run(requests)
         # host-sync ok: the one read of a step.
-        for request, token in zip(requests, self._sample(requests, logits).tolist(), strict=True):
+        for request, token in zip(requests, tokens.tolist(), strict=True):
             request.accept(token, self.eos)
             if request.finish_reason:
                 self.scheduler.remove(request)
 
-    @torch.inference_mode()
-    def logits(self, number: int, tokens: list[int]) -> Tensor:
-        """Return the logits [tokens, vocab] of one prompt, in a pass of its own; there must be room for its pages."""
-        allocator = self.cache.allocator
-        if not allocator.reserve(number, len(tokens)):
-            raise RuntimeError("no KV pages are free; finish or close running generations first")
-        try:
-            return self._forward([number], [tokens], [len(tokens)], every=True)
-        finally:
-            allocator.release(number)
-
-    def _forward(
-        self, numbers: list[int], tokens: Sequence[list[int]], lengths: list[int], every: bool = False
-    ) -> Tensor:
-        """Run one pass over the last tokens of some sequences.
-
-        Args:
-            numbers: of the sequences.
-            tokens: those of each sequence that have no keys in the cache yet, its last ones.
-            lengths: of each sequence, these tokens included.
-            every: return logits for every token instead of for each sequence's last.
-        """
-        batch = self._batch(numbers, tokens, lengths)
-        x = self.policy.forward(batch, self.cache.layers)
-        return self.model.logits(x if every else x[batch.query_start[1:].long() - 1])
-
-    def _batch(self, numbers: list[int], tokens: Sequence[list[int]], lengths: list[int]) -> Batch:
-        pages = [self.cache.allocator.grow(number, length) for number, length in zip(numbers, lengths, strict=True)]
-        # Never 1, for which torch.compile would make a variant of its own.
-        width = max(2, *map(len, pages))
-        spans = list(zip(tokens, lengths, strict=True))
-        query_start = [0]
-        for new in tokens:
-            query_start.append(query_start[-1] + len(new))
-        positions = self._tensor([p for new, length in spans for p in range(length - len(new), length)])
-        owner = self._tensor([sequence for sequence, new in enumerate(tokens) for _ in new])
-        page_table = self._tensor([held + [-1] * (width - len(held)) for held in pages])
-        context_len = self._tensor(lengths)
-        cos, sin = self.model.rotary.cos_sin(positions, context_len[owner])
-        return Batch(
-            tokens=self._tensor([token for new in tokens for token in new]),
-            cos=cos,
-            sin=sin,
-            rows=page_table[owner, positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE,
-            page_table=page_table.to(torch.int32),
-            query_start=self._tensor(query_start).to(torch.int32),
-            context_len=context_len.to(torch.int32),
-            max_query_len=max(map(len, tokens)),
-        )
-
-    def _sample(self, requests: list[Request], logits: Tensor) -> Tensor:
-        if all(request.params.temperature == 0 for request in requests):
-            return logits.argmax(-1)
+    def _prefill(self, requests: list[Request]) -> Tensor:
+        """Return the first token of each request, int64 [requests]."""
+        stream = torch.cat(self._pass([(request.number, request.prompt) for request in requests]))
+        ends = self._tensor(list(itertools.accumulate(len(request.prompt) for request in requests)))
+        logits = self.model.logits(stream[ends - 1])
         params = [request.params for request in requests]
+        if all(p.temperature == 0 for p in params):
+            return logits.argmax(-1)
         return sample(
             logits,
             self._tensor([p.temperature for p in params]),
@@ -118,5 +83,23 @@ class Engine:
             self._tensor([request.length for request in requests]),
         )
 
-    def _tensor(self, values: Sequence[object]) -> Tensor:
+    def _tensor(self, values: Sequence[int | float]) -> Tensor:
         return torch.tensor(values).to(self.model.device, non_blocking=True)
+
+    @torch.inference_mode()
+    def logits(self, number: int, tokens: list[int]) -> Tensor:
+        """Return the logits [tokens, vocab] of one prompt, in a pass of its own; there must be room for its pages."""
+        allocator = self.cache.allocator
+        if not allocator.reserve(number, len(tokens)):
+            raise RuntimeError("no KV pages are free; finish or close running generations first")
+        try:
+            return torch.cat([self.model.logits(x) for x in self._pass([(number, tokens)])])
+        finally:
+            allocator.release(number)
+
+    def _pass(self, prompts: Sequence[tuple[int, list[int]]]) -> list[Tensor]:
+        """Run a prefill pass over sequences, by number and tokens; return the stream [tokens, hidden] in chunks."""
+        grow = self.cache.allocator.grow
+        spans = [Span(tokens, 0, len(tokens), grow(number, len(tokens))) for number, tokens in prompts]
+        batches = [batch_of(chunk, self.model.rotary, self.model.device) for chunk in cut(spans)]
+        return self.policy.prefill(batches, self.cache.layers)

@@ -12,11 +12,13 @@ class Scheduler:
     Args:
         pages: where requests reserve their pages.
         max_batch: how many requests may run at once.
+        pass_tokens: how many tokens the prompts of one pass may have together; none is longer.
     """
 
-    def __init__(self, pages: PageAllocator, max_batch: int) -> None:
+    def __init__(self, pages: PageAllocator, max_batch: int, pass_tokens: int) -> None:
         self.pages = pages
         self.max_batch = max_batch
+        self.pass_tokens = pass_tokens
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
 
@@ -25,10 +27,17 @@ class Scheduler:
         self.waiting.append(request)
 
     def admit(self) -> list[Request]:
-        """Move waiting requests to running, first come first served, while there is room; return them."""
-        admitted = []
+        """Move waiting requests to running, first come first served, while there is room; return them.
+
+        They are prefilled in one pass, so the room is not only for their pages but also for the pass's tokens.
+        """
+        admitted: list[Request] = []
+        tokens = 0
         while self.waiting and len(self.running) < self.max_batch:
             request = self.waiting[0]
+            tokens += len(request.prompt)
+            if admitted and tokens > self.pass_tokens:
+                break
             most = min(len(request.prompt) + request.params.max_new_tokens, request.length_limit)
             if not self.pages.reserve(request.number, most):
                 break

@@ -33,18 +33,16 @@ class ExpertSum:
     """
 
     def __init__(self, h: Tensor, routing: Routing, num_experts: int, intermediate_size: int) -> None:
-        self.h, self.routing = h, routing
+        self.h, self.routing, self.intermediate_size = h, routing, intermediate_size
         (tokens, hidden), top_k = h.shape, routing.experts.shape[1]
         pairs = tokens * top_k
         self.few_tokens = use_gemv(tokens, top_k, num_experts)
         if self.few_tokens:
-            up_splits = gemv_splits(hidden, 2 * intermediate_size, pairs)
+            self.up_splits = gemv_splits(hidden, 2 * intermediate_size, pairs)
             down_splits = gemv_splits(intermediate_size, hidden, pairs)
-            self.gate_up = h.new_empty(up_splits, pairs, 2 * intermediate_size, dtype=torch.float32)
             self.parts = h.new_empty(down_splits, pairs, hidden, dtype=torch.float32)
         else:
             self.order, self.offsets = group_by_expert(routing.experts, num_experts)
-            self.gated = h.new_empty(pairs, intermediate_size)
             self.parts = h.new_empty(1, pairs, hidden)
 
     def wave(self, weights: Mapping[str, Tensor], slots: Tensor) -> None:
@@ -58,14 +56,36 @@ class ExpertSum:
         of_gate_up = weights.get("gate_up_scales"), weights.get("gate_up_zeros")
         of_down = weights.get("down_scales"), weights.get("down_zeros")
         if self.few_tokens:
-            experts_gate_up_gemv(self.h, gate_up, slots, experts, self.gate_up, *of_gate_up)
-            experts_down_gemv(self.gate_up, down, slots, experts, self.routing.weights, self.parts, *of_down)
+            both = self.h.new_empty(self.up_splits, experts.numel(), gate_up.shape[1], dtype=torch.float32)
+            experts_gate_up_gemv(self.h, gate_up, slots, experts, both, *of_gate_up)
+            experts_down_gemv(both, down, slots, experts, self.routing.weights, self.parts, *of_down)
         else:
             order, offsets, top_k = self.order, self.offsets, experts.shape[1]
-            experts_gate_up(self.h, gate_up, slots, order, offsets, top_k, self.gated, *of_gate_up)
-            experts_down(self.gated, down, slots, order, offsets, self.routing.weights, self.parts[0], *of_down)
+            gated = self.h.new_empty(experts.numel(), self.intermediate_size)
+            experts_gate_up(self.h, gate_up, slots, order, offsets, top_k, gated, *of_gate_up)
+            experts_down(gated, down, slots, order, offsets, self.routing.weights, self.parts[0], *of_down)
 
     def total(self) -> Tensor:
         """Return the sum, [tokens, hidden], once every expert has had its wave."""
         total: Tensor = combine(self.parts, self.routing.experts, self.h.dtype)
         return total
+
+
+class LayerSum:
+    """The sums of all chunks of a pass, for one layer: a wave is computed for every chunk while its experts are there.
+
+    Args:
+        sums: of the chunks, in order.
+    """
+
+    def __init__(self, sums: list[ExpertSum]) -> None:
+        self.sums = sums
+
+    def wave(self, weights: Mapping[str, Tensor], slots: Tensor) -> None:
+        """Compute the pairs whose experts are resident; arguments as in ExpertSum.wave."""
+        for chunk in self.sums:
+            chunk.wave(weights, slots)
+
+    def totals(self) -> list[Tensor]:
+        """Return each chunk's sum, [tokens, hidden]."""
+        return [chunk.total() for chunk in self.sums]

@@ -22,10 +22,10 @@ class Traffic:
     A hit or a miss is one expert needed by one layer in one pass, however many of the pass's tokens chose it.
     """
 
-    streamed_bytes: int = 0
-    demand_bytes: int = 0
-    prefetch_used_bytes: int = 0
-    prefetch_wasted_bytes: int = 0
+    streamed_bytes: int = 0  # by a prefill
+    demand_bytes: int = 0  # by a decode step that needed them
+    prefetched_bytes: int = 0  # by a decode step that expected to need them
+    prefetch_used_bytes: int = 0  # of those, what was needed then
     hits: int = 0
     misses: int = 0
 
@@ -36,7 +36,12 @@ class Traffic:
     @property
     def link_bytes(self) -> int:
         """All bytes that crossed, whatever the cause."""
-        return self.streamed_bytes + self.demand_bytes + self.prefetch_used_bytes + self.prefetch_wasted_bytes
+        return self.streamed_bytes + self.demand_bytes + self.prefetched_bytes
+
+    @property
+    def prefetch_wasted_bytes(self) -> int:
+        """What was prefetched and not needed, or not yet."""
+        return max(0, self.prefetched_bytes - self.prefetch_used_bytes)
 
 
 class LinkError(RuntimeError):
@@ -49,6 +54,8 @@ class Copy:
 
     source: Tensor
     slot: Tensor
+    moved: int = 0  # bytes that are there
+    ahead: int = 0  # of those, what crossed ahead of need
     arrived: threading.Event = field(default_factory=threading.Event)
     error: BaseException | None = None
 
@@ -98,10 +105,19 @@ class Pace:
     latency: float = 0.0  # seconds
 
 
+# A copy that is sent ahead crosses in so many pieces, none smaller than this many bytes: the longest that an urgent one
+# waits for it.
+PIECES = 8
+MIN_PIECE = 4096
+
+
 class HostLink(Link):
     """The link where both ends are host memory: a thread copies while the caller computes.
 
     Computation there is over when the call that asked for it returns, so a mark carries nothing.
+
+    A copy that is sent ahead of need crosses in pieces, and only while nothing else wants to. It can be recalled, and
+    go on later from where it stood, ahead of need or urgently.
 
     Args:
         pace: let no copy arrive earlier than it would over a link of that speed; None is as fast as memory.
@@ -109,7 +125,10 @@ class HostLink(Link):
 
     def __init__(self, pace: Pace | None = None) -> None:
         self.pace = pace
-        self._queue: deque[Copy] = deque()
+        self.ahead_bytes = 0  # that have crossed ahead of need
+        self._urgent: deque[Copy] = deque()
+        self._ahead: deque[Copy] = deque()
+        self._last: Copy | None = None  # moved before; going on with it has no latency
         self._changed = threading.Condition()
         self._closed = False
         self._fault: BaseException | None = None  # of a copy that nobody has waited for
@@ -127,13 +146,28 @@ class HostLink(Link):
         Raises:
             LinkError: when an earlier copy failed that nobody has waited for.
         """
-        copy = Copy(source, slot)
+        return self._queue(Copy(source, slot), self._urgent)
+
+    def send_ahead(self, copy: Copy) -> Copy:
+        """Queue a copy, new or recalled, behind all urgent ones; raises as `send`."""
+        return copy if copy.arrived.is_set() else self._queue(copy, self._ahead)
+
+    def recall(self) -> None:
+        """Stop all copies that were sent ahead; a piece that is on its way comes before whatever is sent later."""
+        with self._changed:
+            self._ahead.clear()
+
+    def promote(self, copy: Copy) -> Copy:
+        """Go on with a recalled copy as an urgent one."""
+        return copy if copy.arrived.is_set() else self._queue(copy, self._urgent)
+
+    def _queue(self, copy: Copy, queue: deque[Copy]) -> Copy:
         with self._changed:
             if self._closed:
                 raise LinkError("the expert link is closed")
             if self._fault is not None:
                 raise self._failure(self._fault)
-            self._queue.append(copy)
+            queue.append(copy)
             self._changed.notify()
         return copy
 
@@ -161,30 +195,51 @@ class HostLink(Link):
         self._thread.join()
 
     def _run(self) -> None:
-        while (copy := self._next()) is not None:
+        while (work := self._next()) is not None:
+            copy, size, ahead = work
             try:
-                self._move(copy)
+                self._move(copy, size)
+                copy.moved += size
+                copy.ahead += size * ahead
+                self.ahead_bytes += size * ahead
             except BaseException as error:  # whatever it is, the one who waits must hear of it
                 copy.error = self._fault = error
-            copy.arrived.set()
+            self._finish(copy)
 
-    def _next(self) -> Copy | None:
+    def _next(self) -> tuple[Copy, int, bool] | None:
+        """Wait for work; return a copy, which stays in its queue, how many bytes to move, and if ahead of need."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._queue)
-            if not self._closed:
-                return self._queue.popleft()
-            for copy in self._queue:
-                copy.error = LinkError("the expert link was closed")
-                copy.arrived.set()
-            return None
+            self._changed.wait_for(lambda: self._closed or self._urgent or self._ahead)
+            if self._closed:
+                for copy in (*self._urgent, *self._ahead):
+                    copy.error = LinkError("the expert link was closed")
+                    copy.arrived.set()
+                return None
+            ahead = not self._urgent
+            copy = self._ahead[0] if ahead else self._urgent[0]
+            left = copy.source.nbytes - copy.moved
+            return copy, min(left, max(MIN_PIECE, copy.source.nbytes // PIECES)) if ahead else left, ahead
 
-    def _move(self, copy: Copy) -> None:
+    def _finish(self, copy: Copy) -> None:
+        """End a piece: the copy leaves its queue if it is through; it may have been recalled or promoted meanwhile."""
+        with self._changed:
+            if copy.error is not None or copy.moved == copy.source.nbytes:
+                for queue in (self._urgent, self._ahead):
+                    if copy in queue:
+                        queue.remove(copy)
+                copy.arrived.set()
+
+    def _move(self, copy: Copy, size: int) -> None:
+        """Move the next `size` bytes of a copy."""
         begin = time.perf_counter()
-        copy.slot.copy_(copy.source)
+        part = slice(copy.moved, copy.moved + size)
+        copy.slot[part].copy_(copy.source[part])
         if self.pace:
             # Counted from when the link became free, not from now: the thread's own delays do not add up.
-            self._free_at = max(self._free_at, begin) + self.pace.latency + copy.source.nbytes / self.pace.bandwidth
+            latency = 0.0 if copy is self._last else self.pace.latency
+            self._free_at = max(self._free_at, begin) + latency + size / self.pace.bandwidth
             time.sleep(max(0.0, self._free_at - time.perf_counter()))
+        self._last = copy
 
 
 class CudaLink(Link):

@@ -1,78 +1,132 @@
-"""Experts in slots: who gets one, who loses one, and when what is on its way may be used."""
+"""Experts in slots, as the host decides: who gets one, who loses one, and when what is on its way may be used."""
 
+import heapq
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from duomoe.experts.compute import ExpertSum
+import torch
+from torch import Tensor
+
+from duomoe.experts.compute import LayerSum
 from duomoe.experts.link import Link, Traffic
 from duomoe.experts.slots import Directory, SlotPool
 from duomoe.experts.store import ExpertStore
+
+# The last use of an empty slot: it is given away before any other.
+NEVER = -(1 << 62)
+
+# Experts computed together, at most. More at once use the device better; fewer let a slot go sooner.
+LARGEST_WAVE = 8
 
 
 class Residency:
     """The slots of a bounded policy.
 
-    Invariants: what the current layer still needs, and what is on its way to be used, is never given up; a slot is
-    overwritten only behind the last computation that read it, and read only once its copy has arrived.
+    A slot has at most one owner, and an expert at most one slot. What the current layer still needs, and what is on its
+    way to be used, is never given up; a slot is overwritten only behind the last computation that read it, and read
+    only once its copy has arrived.
 
     Args:
         store: where all experts are.
         pool: where some can be.
         link: between the two.
         traffic: counts what crosses.
+
+    Attributes:
+        last_use: of each slot, larger is later; the slot with the smallest is the first to be given away.
     """
 
     def __init__(self, store: ExpertStore, pool: SlotPool, link: Link, traffic: Traffic) -> None:
         self.store, self.pool, self.link, self.traffic = store, pool, link, traffic
-        self.directory = Directory(len(store.layers), store.num_experts, len(pool))
         self.clock = 0
+        self._wave = max(1, min(LARGEST_WAVE, len(pool) // 16))
+        self._slot_of: list[dict[int, int]] = [{} for _ in store.layers]  # of each layer's experts that have one
+        self._owner: list[tuple[int, int] | None] = [None] * len(pool)
+        self.last_use = [NEVER] * len(pool)
+        self._idle = [(NEVER, slot) for slot in range(len(pool))]  # a heap; entries that are no longer true are skipped
         self._pinned: set[int] = set()  # slots that may not be given away now
         self._copies: dict[int, Any] = {}  # of slots whose expert has not been waited for
+        self._unused: set[int] = set()  # slots whose expert was prefetched and not needed since
         self._marks: list[Any] = [None] * len(pool)  # behind the last computation that read each slot
         weakref.finalize(self, link.close).atexit = False  # the link's thread ends with the last user of its slots
 
-    def absent(self, index: int, experts: Iterable[int]) -> list[int]:
-        """Return those experts of a MoE layer that have no slot."""
-        return [expert for expert in experts if self.directory.find(index, expert) is None]
+    def slot(self, index: int, expert: int) -> int | None:
+        """Return the slot of a MoE layer's expert, or None."""
+        return self._slot_of[index].get(expert)
 
-    def fetch(self, index: int, expert: int, cause: str, may_lose: Callable[[int], bool] = lambda _: True) -> bool:
+    def owner(self, slot: int) -> tuple[int, int] | None:
+        """Return whose a slot is, as (layer, expert), or None."""
+        return self._owner[slot]
+
+    def residents(self, index: int) -> dict[int, int]:
+        """Return a layer's experts that have a slot, and which."""
+        return dict(self._slot_of[index])
+
+    def absent(self, index: int, experts: Iterable[int]) -> list[int]:
+        """Return those experts of a layer that have no slot."""
+        return [expert for expert in experts if expert not in self._slot_of[index]]
+
+    def stamp(self, slot: int, last_use: int) -> None:
+        """Change what counts as a slot's last use."""
+        self.last_use[slot] = last_use
+        self._let_go(slot)
+
+    def fetch(self, index: int, expert: int, cause: str, below: int | None = None) -> bool:
         """Send an expert to the slot that was used least recently, to stay there until it is computed or released.
 
         Args:
             index: the MoE layer's number.
             expert: one that has no slot.
             cause: the counter of `Traffic` that its bytes go to.
-            may_lose: whether the owner of a slot may be given up; asked for slots that are not pinned.
+            below: give up only slots with a last use below this; None for any that is not pinned.
 
         Returns:
             False when there is no slot to be had.
         """
-        slot = self._free_slot(may_lose)
+        slot = self._free_slot(below)
         if slot is None:
             return False
         row = self.store.layers[index][expert]
         self._copies[slot] = self.link.send(row, self.pool.rows[slot], self._marks[slot])
-        self.directory.place(index, expert, slot)
+        self._place(index, expert, slot)
         self._pinned.add(slot)
+        if cause == "prefetched_bytes":
+            self._unused.add(slot)
         setattr(self.traffic, cause, getattr(self.traffic, cause) + row.nbytes)
         return True
 
-    def _free_slot(self, may_lose: Callable[[int], bool]) -> int | None:
-        owners = self.directory.owner_of.tolist()  # host-sync ok: the directory is on the host
-        last_use = self.directory.last_use.tolist()  # host-sync ok: as above
-        found = [s for s, owner in enumerate(owners) if s not in self._pinned and (owner < 0 or may_lose(s))]
-        # An empty slot goes before any other.
-        return min(found, key=lambda slot: (owners[slot] >= 0, last_use[slot]), default=None)
+    def _free_slot(self, below: int | None) -> int | None:
+        while self._idle:
+            last_use, slot = self._idle[0]
+            if slot in self._pinned or last_use != self.last_use[slot]:
+                heapq.heappop(self._idle)
+            elif below is not None and last_use >= below:
+                return None
+            else:
+                return slot
+        return None
 
-    def release(self, index: int, expert: int) -> None:
-        """Let an expert's slot be given away again, though it was not computed."""
-        self._pinned.discard(self._slot(index, expert))
+    def _let_go(self, slot: int) -> None:
+        self._pinned.discard(slot)
+        heapq.heappush(self._idle, (self.last_use[slot], slot))
 
-    def compute(
-        self, total: ExpertSum, index: int, experts: list[int], stamps: Mapping[int, int] | None = None
-    ) -> None:
+    def _place(self, index: int, expert: int, slot: int) -> None:
+        assert expert not in self._slot_of[index], "an expert has at most one slot"
+        if (owner := self._owner[slot]) is not None:
+            del self._slot_of[owner[0]][owner[1]]
+        self._slot_of[index][expert] = slot
+        self._owner[slot] = index, expert
+        self._unused.discard(slot)
+
+    def release(self, index: int, experts: Iterable[int]) -> None:
+        """Let the slots of a layer's experts be given away again, though they were not computed."""
+        for expert in experts:
+            if (slot := self.slot(index, expert)) in self._pinned:
+                self._let_go(slot)
+
+    def compute(self, total: LayerSum, index: int, experts: list[int], stamps: Mapping[int, int] | None = None) -> None:
         """Compute one wave: wait for these experts of a layer, add them to its sum, and let their slots go.
 
         Args:
@@ -81,25 +135,34 @@ class Residency:
             experts: those of the wave; each has a slot.
             stamps: what each counts as its last use from now on; None is the time.
         """
-        slots = [self._slot(index, expert) for expert in experts]
+        slots = [self._slot_of[index][expert] for expert in experts]
         for slot in slots:
             if slot in self._copies:
                 self.link.wait(self._copies.pop(slot))
-        total.wave(self.pool.views, self.directory.slots(index, experts, self.pool.rows.device))
+        total.wave(self.pool.views, self._table(index, experts))
         mark = self.link.mark()
         self.clock += 1
         for slot, expert in zip(slots, experts, strict=True):
             self._marks[slot] = mark
-            self.directory.last_use[slot] = self.clock if stamps is None else stamps[expert]
-            self._pinned.discard(slot)
+            self.last_use[slot] = self.clock if stamps is None else stamps[expert]
+            self._let_go(slot)
+
+    def _table(self, index: int, experts: list[int]) -> Tensor:
+        """Return int32 [experts] on the device: the slots of these experts of a layer, -1 for all others."""
+        table = [-1] * self.store.num_experts
+        for expert in experts:
+            table[expert] = self._slot_of[index][expert]
+        device = self.pool.rows.device
+        # From memory that is not pinned, a copy would wait for all that is queued on the device.
+        return torch.tensor(table, dtype=torch.int32, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
     def run(
         self,
-        total: ExpertSum,
+        total: LayerSum,
         index: int,
         needed: list[int],
         cause: str,
-        may_lose: Callable[[int], bool] = lambda _: True,
+        below: int | None = None,
         stamps: Mapping[int, int] | None = None,
         after_wave: Callable[[], None] = lambda: None,
     ) -> None:
@@ -110,7 +173,7 @@ class Residency:
             index: the MoE layer's number.
             needed: every expert that the router chose, each once.
             cause: the counter of `Traffic` for what has to be fetched.
-            may_lose: as in `fetch`; overruled where the layer could not go on otherwise.
+            below: as in `fetch`; overruled where the layer could not go on otherwise.
             stamps: as in `compute`.
             after_wave: called after each wave once all of the layer's copies are sent; may fetch for later layers.
         """
@@ -120,13 +183,16 @@ class Residency:
         here: list[int] = []
         coming: deque[int] = deque()  # in the order in which they were sent
         for expert in needed:
-            slot = self.directory.find(index, expert)
+            slot = self.slot(index, expert)
             if slot is not None:
                 self._pinned.add(slot)
+                if slot in self._unused:
+                    self._unused.remove(slot)
+                    self.traffic.prefetch_used_bytes += self.pool.rows.shape[1]
                 (coming if slot in self._copies else here).append(expert)
 
         def send() -> None:
-            while absent and self.fetch(index, absent[0], cause, may_lose):
+            while absent and self.fetch(index, absent[0], cause, below):
                 coming.append(absent.popleft())
 
         send()
@@ -138,7 +204,7 @@ class Residency:
                 fetched = self.fetch(index, absent[0], cause)
                 assert fetched, "a layer can always make room for one expert"
                 coming.append(absent.popleft())
-            wave = [coming.popleft()]
+            wave = [coming.popleft() for _ in range(min(self._wave, len(coming)))]
             while coming and self._has_arrived(index, coming[0]):
                 wave.append(coming.popleft())
             self.compute(total, index, wave, stamps)
@@ -146,18 +212,49 @@ class Residency:
             if not absent:
                 after_wave()
 
+    def _has_arrived(self, index: int, expert: int) -> bool:
+        copy = self._copies.get(self._slot_of[index][expert])
+        return copy is None or self.link.has_arrived(copy)
+
+    def settle(self) -> None:
+        """Wait for all copies that are on their way, whoever they are for."""
+        for copy in self._copies.values():
+            self.link.wait(copy)
+        self._copies.clear()
+        for slot in list(self._pinned):
+            self._let_go(slot)
+
     def forget(self) -> None:
         """Empty all slots."""
-        self._pinned.clear()
         self._copies.clear()
-        for slot in range(len(self.pool)):
-            self.directory.vacate(slot)
+        self._take_over([-1] * len(self.pool), [NEVER] * len(self.pool))
 
-    def _slot(self, index: int, expert: int) -> int:
-        slot = self.directory.find(index, expert)
-        assert slot is not None, "the expert is not resident"
-        return slot
+    def read(self, directory: Directory) -> None:
+        """Take over the slots as a directory has them, but for those whose row may be there in part only."""
+        owners = torch.where(directory.unproven == 0, directory.owner_of, -1)
+        last_use = torch.where(owners >= 0, directory.last_use, NEVER)
+        # host-sync ok: prefill's decisions are the host's, and begin with what decode has left.
+        self._take_over(owners.tolist(), last_use.tolist())
 
-    def _has_arrived(self, index: int, expert: int) -> bool:
-        copy = self._copies.get(self._slot(index, expert))
-        return copy is None or self.link.has_arrived(copy)
+    def write(self, directory: Directory) -> None:
+        """Hand the slots over to a directory."""
+        owners = [-1 if owner is None else owner[0] * self.store.num_experts + owner[1] for owner in self._owner]
+        where = [[layer.get(expert, -1) for expert in range(self.store.num_experts)] for layer in self._slot_of]
+        directory.owner_of.copy_(torch.tensor(owners))
+        directory.slot_of.copy_(torch.tensor(where).view_as(directory.slot_of))
+        directory.last_use.copy_(torch.tensor(self.last_use))
+        directory.unproven.zero_()
+
+    def _take_over(self, owners: list[int], last_use: list[int]) -> None:
+        """Let the slots have these owners, numbered over all layers, -1 for none."""
+        self._pinned.clear()
+        self._unused.clear()
+        for layer in self._slot_of:
+            layer.clear()
+        self.last_use = last_use
+        self._idle = [(used, slot) for slot, used in enumerate(last_use)]
+        heapq.heapify(self._idle)
+        for slot, owner in enumerate(owners):
+            self._owner[slot] = None
+            if owner >= 0:
+                self._place(*divmod(owner, self.store.num_experts), slot)

@@ -23,47 +23,32 @@ class SlotPool:
 
 
 class Directory:
-    """Which expert is in which slot. A slot has at most one owner, and an expert at most one slot.
+    """Which expert is in which slot, as decode keeps it: on the device, changed in place by kernels/admit.py.
 
-    Kept on the host, where the schedules that change it run; kernels get the slots of one wave (`slots`).
+    A slot has at most one owner, and an expert at most one slot.
 
     Attributes:
         slot_of: int32 [layers, experts], -1 where the expert is absent.
         owner_of: int32 [num_slots], `layer * experts + expert`, -1 where the slot is empty.
-        last_use: int64 [num_slots], larger is later; the slot with the smallest is the first to be given away.
+        last_use: int64 [num_slots], larger is later.
+        unproven: int32 [num_slots], 1 where the expert was sent ahead and no layer has needed it since; its row may be
+            there in part.
+        use: int32 [layers, experts], in how many of `ONE` (kernels/admit.py) steps the expert is needed.
+        clock: int64 [1], counts waves.
     """
 
-    def __init__(self, num_layers: int, num_experts: int, num_slots: int) -> None:
-        self.slot_of = torch.full((num_layers, num_experts), -1, dtype=torch.int32)
-        self.owner_of = torch.full((num_slots,), -1, dtype=torch.int32)
-        self.last_use = torch.zeros(num_slots, dtype=torch.int64)
+    def __init__(self, num_layers: int, num_experts: int, num_slots: int, device: torch.device) -> None:
+        def filled(value: int, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.full(shape, value, dtype=dtype, device=device)
 
-    def find(self, layer: int, expert: int) -> int | None:
-        """Return the expert's slot, or None."""
-        slot = int(self.slot_of[layer, expert])
-        return None if slot < 0 else slot
+        self.slot_of = filled(-1, num_layers, num_experts)
+        self.owner_of = filled(-1, num_slots)
+        self.last_use = filled(0, num_slots, dtype=torch.int64)
+        self.unproven = filled(0, num_slots)
+        self.use = filled(0, num_layers, num_experts)
+        self.clock = filled(0, 1, dtype=torch.int64)
 
-    def owner(self, slot: int) -> tuple[int, int] | None:
-        """Return the slot's (layer, expert), or None when it is empty."""
-        owner = int(self.owner_of[slot])
-        return None if owner < 0 else divmod(owner, self.slot_of.shape[1])
-
-    def place(self, layer: int, expert: int, slot: int) -> None:
-        """Give a slot to an expert that has none; whoever owned it loses it."""
-        assert self.slot_of[layer, expert] < 0, "an expert has at most one slot"
-        self.vacate(slot)
-        self.slot_of[layer, expert] = slot
-        self.owner_of[slot] = layer * self.slot_of.shape[1] + expert
-
-    def vacate(self, slot: int) -> None:
-        """Empty a slot; it may be empty already."""
-        if (owner := self.owner(slot)) is not None:
-            self.slot_of[owner] = -1
-            self.owner_of[slot] = -1
-
-    def slots(self, layer: int, experts: list[int], device: torch.device) -> Tensor:
-        """Return int32 [experts] on a device: the slots of these experts of a layer, -1 for all others."""
-        found = torch.full_like(self.slot_of[layer], -1)
-        found[experts] = self.slot_of[layer, experts]
-        assert bool((found[experts] >= 0).all()), "an expert of this wave is not resident"
-        return found.to(device, non_blocking=True)
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The tensors, in the order in which the kernels take them."""
+        return self.slot_of, self.owner_of, self.last_use, self.unproven, self.use, self.clock

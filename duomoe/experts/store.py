@@ -12,6 +12,7 @@ class ExpertStore:
 
     Attributes:
         layers: uint8 [num_experts, row_bytes] for each MoE layer, so that a layer is one copy and an expert one row.
+        pinned: whether a GPU can read the rows by itself.
     """
 
     def __init__(
@@ -21,9 +22,7 @@ class ExpertStore:
         self.num_experts = num_experts
         shape = (num_experts, expert_format.row_bytes)
         self.layers: list[Tensor] = [torch.empty(shape, dtype=torch.uint8, device=device) for _ in range(num_layers)]
-        if pinned:
-            for rows in self.layers:
-                pin(rows)
+        self.pinned = pinned and all([pin(rows) for rows in self.layers])
 
     @property
     def num_bytes(self) -> int:

@@ -13,16 +13,14 @@ A trace is a safetensors file:
 Its metadata has `format` ("duomoe-trace-1"), `fingerprint` of the model and `num_experts`.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from duomoe.errors import InputError
+from duomoe.experts.tensor_file import load_tensors, save_tensors
 from duomoe.models import Routing
 
 FORMAT = "duomoe-trace-1"
@@ -50,13 +48,7 @@ class Trace:
         if self.hidden is not None:
             tensors["hidden"] = self.hidden
         metadata = {"format": FORMAT, "fingerprint": self.fingerprint, "num_experts": str(self.num_experts)}
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, metadata)
-            unfinished.replace(path)
-        except (OSError, SafetensorError) as error:
-            unfinished.unlink(missing_ok=True)
-            raise InputError(f"{path}: cannot be written: {error}") from None
+        save_tensors(path, tensors, metadata)
 
     @staticmethod
     def load(path: Path, fingerprint: str) -> "Trace":
@@ -65,12 +57,7 @@ class Trace:
         Raises:
             InputError: when it is not a trace, or one of another model than that of the fingerprint.
         """
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{path}: cannot be read as a trace: {error}") from None
+        tensors, metadata = load_tensors(path, "a trace")
         if metadata.get("format") != FORMAT or not {"experts", "request", "position", "decode"} <= tensors.keys():
             raise InputError(f"{path}: not a trace; make one with python -m duomoe.trace")
         if metadata.get("fingerprint") != fingerprint:

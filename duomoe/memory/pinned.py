@@ -9,7 +9,7 @@ from torch import Tensor
 PORTABLE = 1  # cudaHostRegisterPortable: usable from every CUDA context
 
 
-def pin(tensor: Tensor) -> None:
+def pin(tensor: Tensor) -> bool:
     """Lock a contiguous host tensor's memory in place for the GPU, for as long as the tensor lives.
 
     Memory is registered instead of allocated with `pin_memory=True`, because torch rounds such allocations up to a
@@ -27,5 +27,6 @@ def pin(tensor: Tensor) -> None:
             RuntimeWarning,
             stacklevel=2,
         )
-        return
+        return False
     weakref.finalize(tensor, cudart.cudaHostUnregister, tensor.data_ptr())
+    return True

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from duomoe import LLM
-from duomoe.experts.link import HostLink, LinkError, Pace
+from duomoe.experts.link import Copy, HostLink, LinkError, Pace
 
 
 def rows(count: int, size: int = 1000) -> torch.Tensor:
@@ -71,6 +71,7 @@ def test_the_thread_ends_with_its_model(tiny: Callable[..., Any]) -> None:
     def links() -> int:
         return sum(thread.name == "duomoe-link" for thread in threading.enumerate())
 
+    gc.collect()  # those of other tests
     before = links()
     llm = LLM(tiny("mixtral").path, device="cpu", policy="lru", expert_memory="100KB")
     assert links() == before + 1
@@ -98,3 +99,48 @@ def test_closing_leaves_nobody_waiting() -> None:
     assert not waiter.is_alive() and len(errors) == 1
     with pytest.raises(LinkError, match="closed"):
         link.send(target[0], target[1])
+
+
+def test_a_copy_sent_ahead_makes_way_and_goes_on_where_it_stood() -> None:
+    link = HostLink(Pace(bandwidth=1e6))  # a row takes 0.1 s
+    source, target = rows(2, 100_000), torch.zeros(2, 100_000, dtype=torch.uint8)
+    ahead = link.send_ahead(Copy(source[0], target[0]))
+    while ahead.moved == 0:
+        time.sleep(0.001)
+    urgent = link.send(source[1], target[1])
+    link.wait(urgent)
+    assert 0 < ahead.moved < 100_000 and not link.has_arrived(ahead)
+    link.recall()
+    time.sleep(0.03)  # the piece that was on its way
+    stood = ahead.moved
+    time.sleep(0.05)
+    assert ahead.moved == ahead.ahead == link.ahead_bytes == stood < 100_000
+    assert torch.equal(target[0, :stood], source[0, :stood]) and not target[0, stood:].any()
+    link.wait(link.promote(ahead))
+    assert torch.equal(target, source)
+    assert ahead.ahead == link.ahead_bytes == stood  # the rest was no prefetch
+    link.close()
+
+
+def test_a_copy_sent_ahead_is_whole_when_nothing_else_wants_the_link() -> None:
+    link = HostLink()
+    source, target = rows(3), torch.zeros(3, 1000, dtype=torch.uint8)
+    copies = [link.send_ahead(Copy(row, slot)) for row, slot in zip(source, target, strict=True)]
+    for copy in copies:
+        link.wait(copy)
+    assert torch.equal(target, source) and link.ahead_bytes == 3000
+    assert link.promote(copies[0]) is copies[0]  # nothing left to do
+    link.wait(copies[0])
+    link.close()
+
+
+def test_a_fault_of_a_copy_sent_ahead_is_told() -> None:
+    link = HostLink()
+    broken = link.send_ahead(Copy(rows(1)[0], torch.zeros(7, dtype=torch.uint8)))
+    with pytest.raises(LinkError):
+        link.wait(broken)
+    link.send_ahead(Copy(rows(1)[0], torch.zeros(7, dtype=torch.uint8)))
+    time.sleep(0.05)
+    with pytest.raises(LinkError):  # nobody waits for it: the next one hears of it
+        link.send(rows(1)[0], torch.zeros(1000, dtype=torch.uint8))
+    link.close()

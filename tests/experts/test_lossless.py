@@ -2,6 +2,7 @@
 
 import random
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from duomoe import LLM, SamplingParams
 from duomoe.experts.link import Copy, HostLink, LinkError
 from duomoe.experts.policies import BOUNDED
+from duomoe.experts.policies.cached import CachedPolicy
 
 POISON = 0xFF  # bytes that are NaN in every float type
 
@@ -65,16 +67,25 @@ class Adversary(HostLink):
         self.random = random.Random(0)
         self.fail_in = -1  # copies until one fails
 
-    def send(self, source: torch.Tensor, slot: torch.Tensor, after: None = None) -> Copy:
-        slot.fill_(POISON)
-        return super().send(source, slot, after)
+    def _queue(self, copy: Copy, queue: deque[Copy]) -> Copy:
+        if copy.moved == 0:
+            copy.slot.fill_(POISON)
+        return super()._queue(copy, queue)
 
-    def _move(self, copy: Copy) -> None:
+    def _move(self, copy: Copy, size: int) -> None:
         time.sleep(self.random.choice([0, 0, 0.001]))
         self.fail_in -= 1
         if self.fail_in == 0:
             raise OSError("the bus fell off")
-        super()._move(copy)
+        super()._move(copy, size)
+
+
+def connect(llm: LLM, link: HostLink) -> None:
+    """Let all copies of a policy go over that link."""
+    llm.policy.residency.link.close()
+    llm.policy.residency.link = link
+    if isinstance(llm.policy, CachedPolicy):
+        llm.policy.decoder.fetcher.link = link
 
 
 @pytest.mark.parametrize("policy", BOUNDED)
@@ -85,7 +96,7 @@ def test_no_stale_weight_is_ever_read(
     path = tiny("qwen2_moe").path
     whole = LLM(path, device="cpu")
     llm = LLM(path, device="cpu", policy=policy, expert_memory=slots * row_bytes(whole))
-    llm.policy.residency.link = link = Adversary()
+    connect(llm, link := Adversary())
     params = SamplingParams(max_new_tokens=6)
     for prompt in map(prompt_of, (40, 3, 1, 25)):
         assert torch.equal(llm.logits(prompt), whole.logits(prompt))
@@ -101,7 +112,7 @@ def test_a_failed_copy_is_an_error_and_the_next_request_is_right(
     path = tiny("mixtral").path
     whole = LLM(path, device="cpu")
     llm = LLM(path, device="cpu", policy=policy, expert_memory=6 * row_bytes(whole))
-    llm.policy.residency.link = link = Adversary()
+    connect(llm, link := Adversary())
     params = SamplingParams(max_new_tokens=30)
     link.fail_in = fail_in
     with pytest.raises(LinkError, match="the bus fell off"):
@@ -118,9 +129,9 @@ class Counter(HostLink):
         super().__init__()
         self.sent: list[int] = []
 
-    def send(self, source: torch.Tensor, slot: torch.Tensor, after: None = None) -> Copy:
-        self.sent.append(source.data_ptr())
-        return super().send(source, slot, after)
+    def _queue(self, copy: Copy, queue: deque[Copy]) -> Copy:
+        self.sent.append(copy.source.data_ptr())
+        return super()._queue(copy, queue)
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 7, 16, 23])
@@ -131,7 +142,7 @@ def test_in_one_prefill_no_expert_crosses_twice(
     path = tiny("qwen3_moe").path
     llm = LLM(path, device="cpu", policy="lru", expert_memory=slots * row_bytes(LLM(path, device="cpu")))
     residency = llm.policy.residency
-    residency.link = link = Counter()
+    connect(llm, link := Counter())
     for seed in range(3):
         prompts = [prompt_of(length, seed=seed + length) for length in lengths]
         link.sent.clear()
@@ -151,13 +162,13 @@ def test_a_prefill_copies_nothing_that_the_last_one_left_in_the_slots(
     llm = LLM(path, device="cpu", policy="lru", expert_memory=slots * row_bytes(LLM(path, device="cpu")))
     residency = llm.policy.residency
     llm.generate(prompt_of(200), SamplingParams(max_new_tokens=1))
-    rows = [residency.store.layers[owner[0]][owner[1]] for s in range(slots) if (owner := residency.directory.owner(s))]
+    rows = [residency.store.layers[owner[0]][owner[1]] for s in range(slots) if (owner := residency.owner(s))]
     kept = {row.data_ptr() for row in rows}
-    residency.link = link = Counter()
+    connect(llm, link := Counter())
     llm.generate(prompt_of(200, seed=1), SamplingParams(max_new_tokens=1))
     assert len(kept) >= slots - 1
     # Each layer's best experts are safe; what else was there may have made room for the stream.
-    assert len(set(link.sent) & kept) <= slots - 3 * llm.policy.stream.kept
+    assert len(set(link.sent) & kept) <= slots - 3 * (1 - llm.policy.stream.spared_below)
     assert len(link.sent) < 24
     link.close()
 
@@ -169,9 +180,9 @@ def test_on_demand_moves_what_was_routed_and_nothing_else(
     routed = []
     experts = llm.policy.experts
 
-    def spy(index: int, h: torch.Tensor, routing: Any) -> torch.Tensor:
-        routed.append(len(set(routing.experts.flatten().tolist())))
-        return experts(index, h, routing)
+    def spy(index: int, inputs: Any, routings: Any) -> Any:
+        routed.append(len(set(routings[0].experts.flatten().tolist())))
+        return experts(index, inputs, routings)
 
     monkeypatch.setattr(llm.policy, "experts", spy)
     traffic = llm.generate(prompt_of(30), SamplingParams(max_new_tokens=4))[0].metrics.experts

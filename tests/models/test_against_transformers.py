@@ -74,13 +74,13 @@ def test_every_decode_step_gives_the_logits_of_a_whole_pass(
     model = tiny(family)
     llm = LLM(model.path, device="cpu")
     seen = []
-    forward = llm.engine._forward
+    logits = llm.engine.model.logits
 
-    def record(*args: Any, **kwargs: Any) -> torch.Tensor:
-        seen.append(forward(*args, **kwargs)[0])
+    def record(x: torch.Tensor) -> torch.Tensor:
+        seen.append(logits(x)[0])
         return seen[-1][None]
 
-    monkeypatch.setattr(llm.engine, "_forward", record)
+    monkeypatch.setattr(llm.engine.model, "logits", record)
     prompt = prompt_of(15)  # a page less one token, so that decode crosses into a new page
     tokens = llm.generate(prompt, SamplingParams(max_new_tokens=20))[0].token_ids
     expected = model.logits(prompt + tokens[:-1])[len(prompt) - 1 :]

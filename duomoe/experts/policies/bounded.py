@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from duomoe.experts.link import Link
 from duomoe.experts.policies.policy import Policy
+from duomoe.experts.predictor import Predictor
 from duomoe.experts.residency import Residency
 from duomoe.experts.slots import SlotPool
 from duomoe.experts.store import ExpertStore
-from duomoe.models import Batch, LayerKV, Model
+from duomoe.models import Batch, LayerKV, Model, Routing
 
 
 class BoundedPolicy(Policy):
@@ -20,17 +22,28 @@ class BoundedPolicy(Policy):
         store: all experts, in host memory.
         num_slots: how many of them the device holds.
         link: from the one to the other.
+        predictor: says which experts the next layers are likely to need; None where there is none.
     """
 
-    def __init__(self, model: Model, store: ExpertStore, num_slots: int, link: Link) -> None:
+    def __init__(
+        self, model: Model, store: ExpertStore, num_slots: int, link: Link, predictor: Predictor | None
+    ) -> None:
         super().__init__(model)
         pool = SlotPool(store.format, num_slots, model.device)
         self.residency = Residency(store, pool, link, self.traffic)
 
-    def forward(self, batch: Batch, kv: Sequence[LayerKV]) -> Tensor:
-        """Pass a batch through all blocks; after a failure nothing counts as resident."""
+    def _walk(self, chunks: Sequence[Batch], kv: Sequence[LayerKV]) -> list[Tensor]:
         try:
-            return super().forward(batch, kv)
+            return super()._walk(chunks, kv)
         except BaseException:
-            self.residency.forget()
+            self.forget()
             raise
+
+    def forget(self) -> None:
+        """After a failure nothing counts as resident."""
+        self.residency.forget()
+
+    def needed(self, routings: list[Routing]) -> list[int]:
+        """Return the experts that any token chose, in ascending order; waits for the device."""
+        chosen = torch.cat([routing.experts.flatten() for routing in routings]).unique()
+        return [expert for expert in chosen.tolist() if expert >= 0]  # host-sync ok: for schedules that the host runs

@@ -4,9 +4,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
-from duomoe.experts.compute import ExpertSum
+from duomoe.experts.compute import ExpertSum, LayerSum
 from duomoe.experts.link import Traffic
 from duomoe.models import Batch, LayerKV, Model, Routing
 
@@ -18,7 +19,12 @@ class Policy(ABC):
 
     Args:
         model: the non-expert part.
+
+    Attributes:
+        can_be_captured: whether a decode step never waits for the host, so that a CUDA graph can hold it.
     """
+
+    can_be_captured = False
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -28,39 +34,69 @@ class Policy(ABC):
         # Experts are stored for the layers that have any: layer number -> number in the store.
         self.moe_index = {layer: index for index, layer in enumerate(model.config.moe_layers)}
 
-    def forward(self, batch: Batch, kv: Sequence[LayerKV]) -> Tensor:
-        """Pass a batch through all blocks.
+    def prefill(self, chunks: Sequence[Batch], kv: Sequence[LayerKV]) -> list[Tensor]:
+        """Pass prompts through all blocks.
 
         Args:
-            batch: the tokens and where their keys go.
+            chunks: the tokens and where their keys go; a long pass is cut, so that what a layer needs for a moment
+                does not grow with the pass. All chunks go through a layer before any goes on.
             kv: each layer's pages.
 
         Returns:
-            The residual stream [tokens, hidden] after the last block.
+            The residual stream [tokens, hidden] of each chunk after the last block.
         """
-        x = self.model.embed(batch)
+        return self._walk(chunks, kv)
+
+    def prepare_decode(self) -> None:  # noqa: B027
+        """Called before each decode step; may wait for the device."""
+
+    def decode(self, batch: Batch, kv: Sequence[LayerKV]) -> Tensor:
+        """Pass one token of each sequence through all blocks; arguments and result as in `prefill`, for one chunk."""
+        return self._walk([batch], kv)[0]
+
+    def _walk(self, chunks: Sequence[Batch], kv: Sequence[LayerKV]) -> list[Tensor]:
+        stream = [self.model.embed(chunk) for chunk in chunks]
         for layer in range(self.model.config.num_layers):
-            if layer in self.moe_index:
-                self.enter(self.moe_index[layer])
-            x, h, routing = self.model.before(layer, x, batch, kv[layer])
-            if routing is not None and self.observer is not None:
-                self.observer(self.moe_index[layer], h, routing)
-            y = None if routing is None else self.experts(self.moe_index[layer], h, routing)
-            x = self.model.after(layer, x, h, y)
-        return x
+            index = self.moe_index.get(layer)
+            if index is not None:
+                self.enter(index)
+            inputs, routings = [], []
+            for number, chunk in enumerate(chunks):
+                stream[number], h, routing = self.model.before(layer, stream[number], chunk, kv[layer])
+                inputs.append(h)
+                if routing is not None:
+                    routings.append(routing)
+            sums: Sequence[Tensor | None] = [None] * len(chunks)
+            if index is not None:
+                if self.observer is not None:
+                    self.observer(index, torch.cat(inputs), joined(routings))
+                sums = self.experts(index, inputs, routings)
+            for number, (h, y) in enumerate(zip(inputs, sums, strict=True)):
+                stream[number] = self.model.after(layer, stream[number], h, y)
+        return stream
 
     def enter(self, index: int) -> None:  # noqa: B027
         """Called before the block of a MoE layer begins: copies may start under its attention."""
 
     @abstractmethod
-    def experts(self, index: int, h: Tensor, routing: Routing) -> Tensor:
-        """Return the routed experts' weighted sum [tokens, hidden] for the MoE layer of that number."""
+    def experts(self, index: int, inputs: list[Tensor], routings: list[Routing]) -> list[Tensor]:
+        """Return the routed experts' weighted sums in a MoE layer, [tokens, hidden] for each chunk."""
 
     def traffic_so_far(self) -> Traffic:
         """Return a copy of the counts; may wait for the device."""
         return replace(self.traffic)
 
-    def expert_sum(self, h: Tensor, routing: Routing) -> ExpertSum:
-        """Begin a layer's sum."""
+    def layer_sum(self, inputs: list[Tensor], routings: list[Routing]) -> LayerSum:
+        """Begin a layer's sums."""
         config = self.model.config
-        return ExpertSum(h, routing, config.num_experts, config.moe_intermediate_size)
+        return LayerSum(
+            [
+                ExpertSum(h, routing, config.num_experts, config.moe_intermediate_size)
+                for h, routing in zip(inputs, routings, strict=True)
+            ]
+        )
+
+
+def joined(routings: Sequence[Routing]) -> Routing:
+    """Return the routing of all chunks' tokens."""
+    return Routing(*(torch.cat(part) for part in zip(*routings, strict=True)))

@@ -14,19 +14,24 @@ from duomoe.models import Model, Routing
 class Resident(Policy):
     """Computes straight from the store, which is on the compute device: its rows are the slots."""
 
+    can_be_captured = True
+
     def __init__(self, model: Model, store: ExpertStore) -> None:
         super().__init__(model)
         self.weights = [store.format.views(rows) for rows in store.layers]
         self.slots = torch.arange(store.num_experts, dtype=torch.int32, device=model.device)
         self.used = torch.zeros((), dtype=torch.int64, device=model.device)
 
-    def experts(self, index: int, h: Tensor, routing: Routing) -> Tensor:
+    def experts(self, index: int, inputs: list[Tensor], routings: list[Routing]) -> list[Tensor]:
         """Compute all experts in one wave."""
         # Counted on the device, so that the step does not wait for the host.
-        self.used += torch.zeros_like(self.slots).index_fill_(0, routing.experts.flatten().long(), 1).sum()
-        total = self.expert_sum(h, routing)
+        seen = torch.zeros(len(self.slots) + 1, dtype=torch.int64, device=self.slots.device)
+        for routing in routings:
+            seen.index_fill_(0, routing.experts.flatten().long(), 1)  # padding, -1, goes to the last place
+        self.used += seen[:-1].sum()
+        total = self.layer_sum(inputs, routings)
         total.wave(self.weights[index], self.slots)
-        return total.total()
+        return total.totals()
 
     def traffic_so_far(self) -> Traffic:
         """Return a copy of the counts: every use is a hit."""

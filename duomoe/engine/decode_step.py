@@ -1,0 +1,117 @@
+"""One decode step: every running sequence by one token, from a table of integers to sampled tokens.
+
+On a GPU the step is captured as a CUDA graph for each batch size, so that the host launches it at once, and the batch
+is padded to the next such size; padding has no key, no expert and no result.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from duomoe.engine.request import Request
+from duomoe.experts.policies import Policy
+from duomoe.memory.kv_cache import PAGE_SIZE, KVCache, pages_for
+from duomoe.models import Batch, Model
+from duomoe.sampling import sample
+
+# Columns of the table in front of a sequence's pages. The length counts the token; 0 is padding.
+TOKEN, LENGTH, SEED, TOP_K, PAGES = range(5)
+
+
+class DecodeStep:
+    """Runs decode steps.
+
+    Args:
+        model: the non-expert part.
+        policy: runs the blocks with their experts.
+        cache: the KV pages.
+        max_batch: the most sequences of a step.
+        max_tokens: the most tokens of a sequence.
+        captured: use CUDA graphs, where the policy allows it.
+    """
+
+    def __init__(
+        self, model: Model, policy: Policy, cache: KVCache, max_batch: int, max_tokens: int, captured: bool
+    ) -> None:
+        self.model, self.policy, self.cache = model, policy, cache
+        self.max_batch, self.max_pages = max_batch, max(2, pages_for(max_tokens))
+        self.padded = model.device.type == "cuda"
+        self.captured = captured and self.padded and policy.can_be_captured
+        self._graphs: dict[tuple[int, bool], _Graph | None] = {}  # by batch size and whether all are greedy
+        # One for all graphs, because never two of them run at once.
+        self._pool = torch.cuda.graph_pool_handle() if self.captured else None
+
+    def run(self, requests: Sequence[Request]) -> Tensor:
+        """Return the next token of each request, int64 [requests]; their last tokens' keys go into the cache."""
+        integers, floats, greedy = self._table(requests)
+        device = self.model.device
+        self.policy.prepare_decode()
+        size = len(integers), greedy
+        if not self.captured or self.policy.observer is not None:
+            tokens = self._step(integers.to(device), floats.to(device), greedy)
+        elif size not in self._graphs:
+            # The first step of a size runs as it is: it compiles what has to be, and its buffers come to be.
+            self._graphs[size] = None
+            tokens = self._step(integers.to(device), floats.to(device), greedy)
+        else:
+            graph = self._graphs[size] or _Graph(self, integers, floats, greedy)
+            self._graphs[size] = graph
+            tokens = graph.run(integers, floats)
+        return tokens[: len(requests)]
+
+    def _table(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor, bool]:
+        """Return what the step is computed from, on the host: int64 [size, 4 + pages], float32 [size, 2], greedy."""
+        size, width = len(requests), 2  # never 1 page, for which torch.compile would make another variant
+        pages = [self.cache.allocator.grow(request.number, request.length) for request in requests]
+        if self.padded:
+            size, width = min(1 << (size - 1).bit_length(), self.max_batch), self.max_pages
+        width = max(width, *map(len, pages))
+        rows = []
+        for request, held in zip(requests, pages, strict=True):
+            # A seed is any 63-bit number, so the table is int64 throughout.
+            row = [request.generated[-1], request.length, request.seed, request.params.top_k]
+            rows.append(row + held + [-1] * (width - len(held)))
+        rows += [[0, 0, 0, 0] + [-1] * width] * (size - len(requests))
+        params = [request.params for request in requests]
+        chances = [[p.temperature, p.top_p] for p in params] + [[0.0, 1.0]] * (size - len(requests))
+        return torch.tensor(rows), torch.tensor(chances), all(p.temperature == 0 for p in params)
+
+    def _step(self, integers: Tensor, floats: Tensor, greedy: bool) -> Tensor:
+        """Compute one step on the device; nothing in it waits for the host."""
+        lengths, page_table = integers[:, LENGTH], integers[:, PAGES:]
+        positions = (lengths - 1).clamp(min=0)
+        pages = page_table.gather(1, positions[:, None] // PAGE_SIZE).squeeze(1)
+        cos, sin = self.model.rotary.cos_sin(positions, lengths)
+        batch = Batch(
+            tokens=integers[:, TOKEN].contiguous(),
+            cos=cos,
+            sin=sin,
+            rows=torch.where(lengths > 0, pages * PAGE_SIZE + positions % PAGE_SIZE, -1),
+            page_table=page_table.to(torch.int32),
+            query_start=torch.arange(len(integers) + 1, dtype=torch.int32, device=integers.device),
+            context_len=lengths.to(torch.int32),
+            max_query_len=1,
+        )
+        logits = self.model.logits(self.policy.decode(batch, self.cache.layers))
+        if greedy:
+            return logits.argmax(-1)
+        return sample(logits, floats[:, 0], integers[:, TOP_K], floats[:, 1], integers[:, SEED], lengths)
+
+
+class _Graph:
+    """A step of one batch size, captured."""
+
+    def __init__(self, step: DecodeStep, integers: Tensor, floats: Tensor, greedy: bool) -> None:
+        device = step.model.device
+        self.integers, self.floats = integers.to(device), floats.to(device)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=step._pool):
+            self.tokens = step._step(self.integers, self.floats, greedy)
+
+    def run(self, integers: Tensor, floats: Tensor) -> Tensor:
+        """Replay the step over new values; the result is overwritten by the next replay."""
+        self.integers.copy_(integers, non_blocking=True)
+        self.floats.copy_(floats, non_blocking=True)
+        self.graph.replay()
+        return self.tokens

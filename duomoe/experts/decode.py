@@ -1,0 +1,139 @@
+"""Decode: experts are cached; what a layer lacks is fetched, and what the next ones are expected to need is sent ahead.
+
+All is decided on the device, so that the host never waits within a step. For each layer `admit` looks the routed
+experts up, gives slots to those that lack one, and lists what to copy; the fetcher copies while the experts that are
+there compute; and a predictor names the experts of the layers to come. Those that are absent are sent ahead in the
+time in which the link would be idle, that is until the next `admit`.
+
+A step that needs more experts than there are slots runs in waves; their number is known from shapes.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from duomoe.experts.compute import LayerSum
+from duomoe.experts.fetcher import Fetcher
+from duomoe.experts.link import Traffic
+from duomoe.experts.predictor import Predictor
+from duomoe.experts.slots import Directory, SlotPool
+from duomoe.kernels import admit, admit_ahead
+from duomoe.models import Routing
+
+# Sending an expert ahead gains its transfer when it is needed and wastes it when it is not: worth it from this
+# probability on.
+WORTH_SENDING = 0.5
+
+# How many absent experts one layer may send ahead: each costs a slot, and a slow link brings no second one in time.
+SENT_AHEAD = 1
+
+
+class _Demand:
+    """What `admit` writes for one layer; of its own, because copies read it while other layers decide."""
+
+    def __init__(self, num_experts: int, width: int, device: torch.device) -> None:
+        self.pending = torch.zeros(num_experts, dtype=torch.int32, device=device)  # 1 for those that await their wave
+        self.slots = torch.empty(2, num_experts, dtype=torch.int32, device=device)  # of those there, and those fetched
+        self.misses = torch.empty(3, width, dtype=torch.int32, device=device)  # see Fetcher.fetch
+
+
+class _Ahead:
+    """What `admit_ahead` writes for one layer."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.copies = torch.empty(3, width, dtype=torch.int32, device=device)  # see Fetcher.fetch_ahead
+        self.issued = torch.empty(1, dtype=torch.int64, device=device)  # the clock by then
+
+
+class Decode:
+    """Runs decode steps over a pool of slots.
+
+    Args:
+        directory: of the slots, on the compute device.
+        pool: the slots.
+        fetcher: copies rows into them.
+        predicted: give away the expert that is expected to be needed last; otherwise the one used least recently.
+        predictor: names experts to send ahead; None sends nothing.
+    """
+
+    def __init__(
+        self, directory: Directory, pool: SlotPool, fetcher: Fetcher, predicted: bool, predictor: Predictor | None
+    ) -> None:
+        self.directory, self.pool, self.fetcher = directory, pool, fetcher
+        self.predicted, self.predictor = predicted, predictor
+        self.num_layers, self.num_experts = directory.slot_of.shape
+        self.horizon = predictor.horizon if predictor else 0
+        self.counts = torch.zeros(2, dtype=torch.int64, device=directory.clock.device)  # hits and misses
+        # Looking ahead is a handful of small kernels, which take as long as an expert's computation.
+        self._side = torch.cuda.Stream(directory.clock.device) if predictor and directory.clock.is_cuda else None
+        self._demands: dict[tuple[int, int], _Demand] = {}  # by layer and width
+        self._aheads: dict[tuple[int, int], _Ahead] = {}
+        # How many of the predictor's choices are worth sending, by layer and by how far ahead it is.
+        worth = [] if predictor is None else (predictor.reliability >= WORTH_SENDING).int().cumprod(-1).sum(-1).tolist()
+        self._trusted: list[list[int]] = worth
+
+    def run(self, total: LayerSum, index: int, h: Tensor, routing: Routing) -> None:
+        """Compute the experts of one layer, [tokens, hidden] and their routing, into its sum."""
+        state, slots = self.directory, len(self.pool)
+        most = min(self.num_experts, routing.experts.numel())  # that the layer can need
+        waves, width = -(-most // slots), min(most, slots)
+        if (index, width) not in self._demands:
+            self._demands[index, width] = _Demand(self.num_experts, width, state.clock.device)
+        demand = self._demands[index, width]
+        for wave in range(waves):
+            admit(
+                routing.experts, index, wave == 0, self.predicted, self.horizon, demand.pending,
+                *state.tensors, self.counts, demand.slots, demand.misses,
+            )  # fmt: skip
+            self.fetcher.fetch(demand.misses)
+            if wave == waves - 1:
+                with self._beside():
+                    self._look_ahead(index, h, routing)
+            total.wave(self.pool.views, demand.slots[0])
+            self.fetcher.join()
+            total.wave(self.pool.views, demand.slots[1])
+        if self._side is not None:
+            torch.cuda.current_stream().wait_stream(self._side)
+
+    def _beside(self) -> AbstractContextManager[object]:
+        """On a GPU, let what is launched within run beside the experts' computation."""
+        if self._side is None:
+            return nullcontext()
+        self._side.wait_stream(torch.cuda.current_stream())
+        return torch.cuda.stream(self._side)
+
+    def _look_ahead(self, index: int, h: Tensor, routing: Routing) -> None:
+        """Send ahead what the predictor expects the next layers to need, the likeliest of the nearest layer first."""
+        if self.predictor is None:
+            return
+        padding = routing.experts[:, 0] < 0
+        routing = routing._replace(experts=routing.experts.clamp(min=0))  # what padding chose is ignored in the end
+        candidates = []
+        for distance, experts in enumerate(self.predictor.predict(index, h, routing), start=1):
+            trusted = experts[:, : self._trusted[distance - 1][index]]
+            numbers = (trusted + (index + distance) * self.num_experts).masked_fill(padding[:, None], -1)
+            candidates.append(numbers.t().flatten())
+        width = sum(map(len, candidates))
+        if width == 0:
+            return
+        if (index, width) not in self._aheads:
+            self._aheads[index, width] = _Ahead(width, self.directory.clock.device)
+        state, ahead = self.directory, self._aheads[index, width]
+        admit_ahead(
+            torch.cat(candidates), index, SENT_AHEAD, self.predicted, self.horizon,
+            *state.tensors, ahead.copies, ahead.issued,
+        )  # fmt: skip
+        self.fetcher.fetch_ahead(ahead.copies, ahead.issued)
+
+    def end(self) -> None:
+        """End a step: what was being sent ahead stops where it stands."""
+        self.directory.clock += 1
+        self.fetcher.stop()
+
+    def count(self, traffic: Traffic) -> None:
+        """Add what all steps so far have counted; waits for the device."""
+        hits, misses = self.counts.tolist()  # host-sync ok: between requests, not between tokens
+        traffic.hits += hits
+        traffic.misses += misses
+        self.fetcher.count(traffic)

@@ -1,0 +1,276 @@
+"""Predictors: which experts the next layers are likely to need, from what is known at a layer.
+
+A predictor is a safetensors file. Every kind has `reliability`, float32 [horizon, layers, width]; the rest is named by
+`SHAPES` of its class. Its metadata has `format` ("duomoe-predictor-1"), `kind` and `fingerprint` of the model.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from duomoe.errors import InputError
+from duomoe.experts.tensor_file import load_tensors, save_tensors
+from duomoe.kernels import route
+from duomoe.models import Model, ModelConfig, Routing
+
+FORMAT = "duomoe-predictor-1"
+
+HORIZON = 3
+
+# How often the gate's predictions are right, a row for each layer ahead, by quarters of the router's top_k: what is
+# assumed of a model for which nobody has measured it. Measured on the embedded model.
+TYPICAL_RELIABILITY = (
+    (0.98, 0.92, 0.77, 0.54, 0.29, 0.17),
+    (0.92, 0.80, 0.64, 0.46, 0.30, 0.22),
+    (0.86, 0.72, 0.57, 0.41, 0.30, 0.22),
+)
+
+
+class Predictor(ABC):
+    """Says at each MoE layer of a decode step which experts the next layers are likely to need.
+
+    Layers are counted among those that have experts. `predict` is device work only, so a CUDA graph can hold it.
+
+    Attributes:
+        horizon: how many layers ahead it looks.
+        width: how many experts it names for each.
+        reliability: float32 [horizon, layers, width] on the CPU. Entry [ahead - 1, index, rank] is the measured
+            probability that what `predict` names in that rank, at layer `index`, for layer `index + ahead`, is needed
+            there; 0 where there is no such layer.
+
+    Args:
+        model: whose experts are predicted.
+        reliability: as above.
+    """
+
+    KIND: ClassVar[str]
+    # A file's tensors: the names of their dimensions. Of one name are the same; `sizes_of` knows some.
+    SHAPES: ClassVar[dict[str, tuple[str, ...]]] = {"reliability": ("horizon", "layers", "width")}
+
+    def __init__(self, model: Model, reliability: Tensor) -> None:
+        self.reliability = reliability.float().cpu()
+        self.horizon, self.layers, self.width = reliability.shape
+        self.num_experts = model.config.num_experts
+
+    @classmethod
+    @abstractmethod
+    def of_tensors(cls, model: Model, tensors: Mapping[str, Tensor]) -> "Predictor":
+        """Make one of a file's tensors, which have the shapes of `SHAPES`."""
+
+    @abstractmethod
+    def predict(self, index: int, h: Tensor, routing: Routing) -> list[Tensor]:
+        """Name the experts that the next layers are likely to need.
+
+        Called once for each MoE layer of a decode step, in ascending order, with the same tokens.
+
+        Args:
+            index: the MoE layer.
+            h: [tokens, hidden], its router's input.
+            routing: its choice; only the experts count.
+
+        Returns:
+            For ahead = 1, 2, … up to the horizon or the last layer: int32 [tokens, width], contiguous, the experts
+            expected in layer index + ahead, likeliest first. Empty at the last layer.
+        """
+
+    def _next_layers(self, model: Model, weights: Tensor) -> list[Tensor]:
+        """Return for each layer what concerns the layers it can look ahead to, of [layers, horizon, experts, …].
+
+        Each is [ahead * num_experts, …], on the model's device: prepared, because slicing costs as much as computing.
+        """
+        kept = (layer[: self.layers - 1 - index] for index, layer in enumerate(_by_layer(model, weights)))
+        return [layer.flatten(0, 1) for layer in kept]
+
+    def _ranked(self, scores: Tensor) -> list[Tensor]:
+        """Return the experts by descending score, from [tokens, ahead * num_experts]; of equals the lower first."""
+        tokens = scores.shape[0]
+        _, experts = route(scores.view(-1, self.num_experts), self.width, False)
+        return list(experts.view(tokens, -1, self.width).transpose(0, 1).contiguous().unbind(0))
+
+
+class GatePredictor(Predictor):
+    """The routers of the next layers, applied to this layer's router input; needs no training.
+
+    Args:
+        model: whose routers they are.
+        reliability: as measured for this model; None assumes what is typical, for top_k experts and half as many more.
+    """
+
+    KIND = "gate"
+
+    def __init__(self, model: Model, reliability: Tensor | None = None) -> None:
+        super().__init__(model, typical_reliability(model.config) if reliability is None else reliability)
+        routers = [model.blocks[layer].router for layer in model.config.moe_layers]
+        # One copy, and a view of it for each layer: the routers of the next ones as one matrix.
+        stacked = torch.stack([router for router in routers if router is not None])
+        self.routers = [stacked[index + 1 : index + 1 + self.horizon].flatten(0, 1) for index in range(self.layers)]
+
+    @classmethod
+    def of_tensors(cls, model: Model, tensors: Mapping[str, Tensor]) -> "GatePredictor":
+        """Make one of a file's tensors."""
+        return cls(model, tensors["reliability"])
+
+    def predict(self, index: int, h: Tensor, routing: Routing) -> list[Tensor]:
+        """Rank by the next routers' logits; see `Predictor.predict`."""
+        if index == self.layers - 1:
+            return []
+        return self._ranked(F.linear(h, self.routers[index]))
+
+
+class LearnedPredictor(GatePredictor):
+    """The gate plus a trained correction for what this layer's experts and the next attention will change.
+
+    The next routers' logits are corrected by up @ silu(down @ h + down_bias) + up_bias.
+
+    Args:
+        model: whose experts are predicted.
+        tensors: of `SHAPES`.
+    """
+
+    KIND = "learned"
+    SHAPES: ClassVar[dict[str, tuple[str, ...]]] = Predictor.SHAPES | {
+        "down": ("layers", "rank", "hidden"),
+        "down_bias": ("layers", "rank"),
+        "up": ("layers", "horizon", "experts", "rank"),
+        "up_bias": ("layers", "horizon", "experts"),
+    }
+
+    def __init__(self, model: Model, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(model, tensors["reliability"])
+        self.down, self.down_bias = (_by_layer(model, tensors[name]) for name in ("down", "down_bias"))
+        self.up, self.up_bias = (self._next_layers(model, tensors[name]) for name in ("up", "up_bias"))
+
+    @classmethod
+    def of_tensors(cls, model: Model, tensors: Mapping[str, Tensor]) -> "LearnedPredictor":
+        """Make one of a file's tensors."""
+        return cls(model, tensors)
+
+    def predict(self, index: int, h: Tensor, routing: Routing) -> list[Tensor]:
+        """Rank by the next routers' corrected logits; see `Predictor.predict`."""
+        if index == self.layers - 1:
+            return []
+        state = F.silu(F.linear(h, self.down[index], self.down_bias[index]))
+        gate = F.linear(h, self.routers[index], self.up_bias[index])
+        return self._ranked(torch.addmm(gate, state, self.up[index].t()))
+
+
+class HistoryPredictor(Predictor):
+    """The predictor of DuoServe-MoE (arXiv 2509.07379), which looks at choices only, never at hidden states.
+
+    Its inputs are the experts that the token chose in the layers so far, the popularity of the next layers' experts,
+    and their affinity to this layer's choice; through an MLP. Popularity is constant and affinity a sum over the chosen
+    experts, so the MLP's first layer is kept as tables with a row for every expert: `chosen` is added up over the
+    layers so far, `affinity` counts for this layer only, and `popularity` is a layer's constant.
+
+    Args:
+        model: whose experts are predicted.
+        tensors: of `SHAPES`.
+    """
+
+    KIND = "history"
+    SHAPES: ClassVar[dict[str, tuple[str, ...]]] = Predictor.SHAPES | {
+        "chosen": ("layers", "experts", "rank"),
+        "affinity": ("layers", "experts", "rank"),
+        "popularity": ("layers", "rank"),
+        "up": ("layers", "horizon", "experts", "rank"),
+        "up_bias": ("layers", "horizon", "experts"),
+    }
+
+    def __init__(self, model: Model, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(model, tensors["reliability"])
+        # Side by side, so that one look-up serves both.
+        self.tables = _by_layer(model, torch.cat([tensors["chosen"], tensors["affinity"]], -1))
+        self.popularity = _by_layer(model, tensors["popularity"])
+        self.up, self.up_bias = (self._next_layers(model, tensors[name]) for name in ("up", "up_bias"))
+        self._history: Tensor | None = None
+
+    @classmethod
+    def of_tensors(cls, model: Model, tensors: Mapping[str, Tensor]) -> "HistoryPredictor":
+        """Make one of a file's tensors."""
+        return cls(model, tensors)
+
+    def predict(self, index: int, h: Tensor, routing: Routing) -> list[Tensor]:
+        """Rank by what followed such choices in training; see `Predictor.predict`."""
+        if index == self.layers - 1:
+            return []
+        chosen, affinity = F.embedding(routing.experts, self.tables[index]).sum(1).chunk(2, 1)
+        if index > 0:
+            assert self._history is not None
+            chosen = chosen + self._history
+        self._history = chosen
+        state = F.silu(chosen + affinity + self.popularity[index])
+        return self._ranked(F.linear(state, self.up[index], self.up_bias[index]))
+
+
+KINDS: dict[str, type[Predictor]] = {kind.KIND: kind for kind in (HistoryPredictor, GatePredictor, LearnedPredictor)}
+
+
+def _by_layer(model: Model, weights: Tensor) -> list[Tensor]:
+    """Return each layer's weights, on the model's device and in its dtype."""
+    return list(weights.to(model.device, model.dtype).unbind(0))
+
+
+def default_width(config: ModelConfig) -> int:
+    """Return how many experts a predictor names: the router's top_k and half as many more."""
+    return min(config.top_k + max(1, config.top_k // 2), config.num_experts)
+
+
+def typical_reliability(config: ModelConfig) -> Tensor:
+    """Return what is assumed of the gate where nothing was measured, in the shape of `Predictor.reliability`."""
+    layers, width = len(config.moe_layers), default_width(config)
+    reliability = torch.zeros(HORIZON, layers, width)
+    for ahead, typical in enumerate(TYPICAL_RELIABILITY, start=1):
+        ranks = [typical[min(rank * 4 // config.top_k, len(typical) - 1)] for rank in range(width)]
+        reliability[ahead - 1, : max(0, layers - ahead)] = torch.tensor(ranks)
+    return reliability
+
+
+def save_predictor(path: Path, kind: str, fingerprint: str, tensors: Mapping[str, Tensor]) -> None:
+    """Write a predictor's file; one of that name is replaced at once or not at all.
+
+    Raises:
+        InputError: when it cannot be written.
+    """
+    save_tensors(path, tensors, {"format": FORMAT, "kind": kind, "fingerprint": fingerprint})
+
+
+def load_predictor(path: Path, model: Model, fingerprint: str) -> Predictor:
+    """Read a predictor; its weights go to the model's device.
+
+    Args:
+        path: of its file.
+        model: the model it is to predict.
+        fingerprint: of that model (`LLM.fingerprint`).
+
+    Raises:
+        InputError: when the file is not a predictor, is damaged, or belongs to another model.
+    """
+    tensors, metadata = load_tensors(path, "a predictor")
+    kind = KINDS.get(metadata.get("kind", ""))
+    if metadata.get("format") != FORMAT or kind is None:
+        raise InputError(f"{path}: not a predictor; make one with python -m duomoe.train_predictor")
+    if metadata.get("fingerprint") != fingerprint:
+        raise InputError(
+            f"{path}: a predictor of another model; train one for this model with python -m duomoe.train_predictor"
+        )
+    _check(path, tensors, kind.SHAPES, model.config)
+    return kind.of_tensors(model, tensors)
+
+
+def _check(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[str, ...]], c: ModelConfig) -> None:
+    """Check that all tensors are there, finite, and of shapes that agree with the model and with each other."""
+    sizes = {"layers": len(c.moe_layers), "experts": c.num_experts, "hidden": c.hidden_size}
+    for name, shape in shapes.items():
+        tensor = tensors.get(name)
+        if tensor is None or tensor.dim() != len(shape) or not tensor.is_floating_point():
+            raise InputError(f"{path}: a damaged predictor: {name} is missing or malformed; train it again")
+        agrees = all(sizes.setdefault(dim, size) == size for dim, size in zip(shape, tensor.shape, strict=True))
+        if not agrees or not bool(tensor.isfinite().all()):
+            raise InputError(f"{path}: a damaged predictor: {name} does not fit the model; train it again")
+    if not (1 <= sizes["horizon"] <= HORIZON and c.top_k <= sizes["width"] <= c.num_experts):
+        raise InputError(f"{path}: a damaged predictor: reliability does not fit the model; train it again")

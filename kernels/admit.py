@@ -1,0 +1,761 @@
+"""Which expert gets which slot, decided on the device: for the experts a layer needs now, and ahead of time.
+
+The directory of slots is a handful of tensors, changed in place. An expert is known by its flat number,
+`layer * num_experts + expert`. `clock` counts the waves, `last_use` holds the wave in which a slot was last given or
+used. `unproven` marks a slot that was given ahead of time and has not been needed by its layer yet: its row may still
+be partial. `use` follows how often each expert is needed, as an exponentially moving average over its layer's steps.
+"""
+
+import ctypes
+import heapq
+from collections.abc import Collection
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from duomoe.kernels.configuration import Configuration
+from duomoe.kernels.operator import operator
+
+ONE = 65536
+"""The value in `use` of an expert that is needed in every step."""
+
+RATE = 5
+"""Each step moves `use` by 1 / 2**RATE of the way."""
+
+EMPTY = 2**31 - 1
+"""The key of an empty slot: no owner's is as large, so it is given away first."""
+
+
+def _check(num_pairs: int, pending: Tensor, slot_of: Tensor, owner_of: Tensor, slots: Tensor, misses: Tensor) -> None:
+    """Assert that the shapes of a wave fit together."""
+    num_experts, num_slots = slot_of.shape[1], len(owner_of)
+    assert pending.shape == (num_experts,), "pending is [experts]"
+    assert slots.shape == (2, num_experts), "slots is [2, experts]"
+    assert misses.shape[0] == 3, "misses is [3, width]"
+    assert misses.shape[1] >= min(num_experts, num_pairs, num_slots), "misses is too narrow for a wave"
+
+
+_NUMBERS = {torch.int32: ctypes.c_int32, torch.int64: ctypes.c_int64}
+
+
+def _numbers(tensor: Tensor) -> Any:
+    """Return a CPU tensor's memory as an array of Python numbers, which costs far less than tensor operations."""
+    assert tensor.is_contiguous()
+    return (_NUMBERS[tensor.dtype] * tensor.numel()).from_address(tensor.data_ptr())
+
+
+class _State:
+    """The directory's memory, as arrays, and the rule by which slots are given away."""
+
+    def __init__(
+        self,
+        layer: int,
+        predicted: bool,
+        horizon: int,
+        slot_of: Tensor,
+        owner_of: Tensor,
+        last_use: Tensor,
+        unproven: Tensor,
+        use: Tensor,
+    ) -> None:
+        self.layer, self.predicted, self.horizon = layer, predicted, horizon
+        self.num_layers, self.num_experts = slot_of.shape
+        self.slot_of, self.owner_of = _numbers(slot_of), _numbers(owner_of)
+        self.last_use, self.unproven, self.use = _numbers(last_use), _numbers(unproven), _numbers(use)
+
+    def victims(self, count: int, now: int, kept: Collection[int] = ()) -> list[int]:
+        """Return the slots to give away, at most `count`, in order: not `kept`, nor used `now`; see `admit`."""
+        free = [slot for slot, used in enumerate(self.last_use) if used != now and slot not in kept]
+        # Of equal keys, the lower slot.
+        return heapq.nsmallest(count, free, key=lambda slot: (-self._key(slot, now), slot))
+
+    def _key(self, slot: int, now: int) -> int:
+        owner: int = self.owner_of[slot]
+        if owner < 0:
+            return EMPTY
+        if not self.predicted:
+            return int(min(now - self.last_use[slot], EMPTY - 1))
+        distance = (owner // self.num_experts - self.layer - 1) % self.num_layers + 1
+        if self.unproven[slot] and distance <= self.horizon:
+            return int(distance)
+        return int(distance + self.num_layers * (ONE // max(self.use[owner], 1) - 1))
+
+    def place(self, experts: list[int], slots: list[int], now: int, unproven: int) -> None:
+        """Make experts, by their flat numbers, the owners of slots."""
+        for expert, slot in zip(experts, slots, strict=True):
+            if (previous := self.owner_of[slot]) >= 0:
+                self.slot_of[previous] = -1
+            self.slot_of[expert], self.owner_of[slot] = slot, expert
+            self.last_use[slot], self.unproven[slot] = now, unproven
+
+
+def _store_columns(to: Tensor, entries: list[tuple[int, int, int]]) -> None:
+    """Store entries as the first columns of a [3, width] list, and -1 behind them."""
+    numbers, width = _numbers(to), to.shape[1]
+    ctypes.memset(numbers, 0xFF, to.nbytes)
+    for column, entry in enumerate(entries):
+        for row, value in enumerate(entry):
+            numbers[row * width + column] = value
+
+
+def admit_reference(
+    experts: Tensor,
+    layer: int,
+    first: bool,
+    predicted: bool,
+    horizon: int,
+    pending: Tensor,
+    slot_of: Tensor,
+    owner_of: Tensor,
+    last_use: Tensor,
+    unproven: Tensor,
+    use: Tensor,
+    clock: Tensor,
+    counts: Tensor,
+    slots: Tensor,
+    misses: Tensor,
+) -> None:
+    """Compute `admit` on the CPU."""
+    _check(experts.numel(), pending, slot_of, owner_of, slots, misses)
+    num_experts, base = slot_of.shape[1], layer * slot_of.shape[1]
+    state = _State(layer, predicted, horizon, slot_of, owner_of, last_use, unproven, use)
+    waiting, often = _numbers(pending), state.use
+    if first:
+        chosen = set(_numbers(experts))
+        for expert in range(num_experts):
+            waiting[expert] = expert in chosen
+            often[base + expert] += (ONE >> RATE) * waiting[expert] - (often[base + expert] >> RATE)
+    time = _numbers(clock)
+    time[0] += 1
+    now = time[0]
+    wanted = [expert for expert in range(num_experts) if waiting[expert]]
+    where = state.slot_of[base : base + num_experts]
+    here = [expert for expert in wanted if where[expert] >= 0]
+    resumed = [expert for expert in here if state.unproven[where[expert]]]
+    for expert in here:
+        state.last_use[where[expert]] = now
+
+    placed: list[int] = []
+    if len(here) < len(wanted):
+        absent = [expert for expert in wanted if where[expert] < 0][: misses.shape[1] - len(resumed)]
+        victims = state.victims(len(absent), now)
+        placed = absent[: len(victims)]
+        state.place([base + expert for expert in placed], victims, now, 0)
+        for expert, slot in zip(placed, victims, strict=True):
+            where[expert] = slot
+    served, total = _numbers(slots), _numbers(counts)
+    ctypes.memset(served, 0xFF, slots.nbytes)
+    fetched = set(resumed).union(placed)
+    for expert in (*here, *placed):
+        waiting[expert] = 0
+        served[num_experts * (expert in fetched) + expert] = where[expert]
+    for expert in resumed:
+        state.unproven[where[expert]] = 0
+    total[0] += len(here)
+    total[1] += len(placed)
+    columns = [(base + expert, where[expert], 1) for expert in resumed]
+    _store_columns(misses, columns + [(base + expert, where[expert], 0) for expert in placed])
+
+
+@operator(
+    mutates_args=(
+        "pending",
+        "slot_of",
+        "owner_of",
+        "last_use",
+        "unproven",
+        "use",
+        "clock",
+        "counts",
+        "slots",
+        "misses",
+    )
+)
+def admit(
+    experts: Tensor,
+    layer: int,
+    first: bool,
+    predicted: bool,
+    horizon: int,
+    pending: Tensor,
+    slot_of: Tensor,
+    owner_of: Tensor,
+    last_use: Tensor,
+    unproven: Tensor,
+    use: Tensor,
+    clock: Tensor,
+    counts: Tensor,
+    slots: Tensor,
+    misses: Tensor,
+) -> None:
+    """Give slots to the experts that a layer needs, for one wave of its step.
+
+    Experts that have a slot are hits. The others get one each, in ascending order, as long as there are slots that this
+    wave does not use and columns in `misses`; who finds none stays pending for the next wave (`first` false).
+
+    The slot given away is the one with the largest key, the lowest of equal ones; an empty one comes before all. With
+    `predicted` the key is how many layers from now the owner's layer runs (1 to `layers`), plus `layers` for each whole
+    step in which the owner, going by `use`, will not be needed: `layers * (ONE // use - 1)`. An owner that was fetched
+    ahead for one of the next `horizon` layers is expected in this very step. Otherwise the key is the time since the
+    last use.
+
+    Args:
+        experts: [tokens, top_k] int32, the experts chosen; -1 is padding. Read in the first wave alone.
+        layer: the MoE layer.
+        first: whether this is the step's first wave, which sets `pending` from `experts` and moves `use`.
+        predicted: whether to give away what is expected latest, and not what was used least recently.
+        horizon: how many layers ahead experts are fetched.
+        pending: [num_experts] int32, 1 for the experts still to be served in this step, which leave when they are.
+        slot_of: [layers, num_experts] int32, -1 where the expert is absent.
+        owner_of: [num_slots] int32, flat numbers, -1 where the slot is empty.
+        last_use: [num_slots] int64.
+        unproven: [num_slots] int32, 1 or 0.
+        use: [layers, num_experts] int32, 0 to `ONE`.
+        clock: [1] int64, advanced by one.
+        counts: [2] int64, hits and misses so far.
+        slots: [2, num_experts] int32, written: the slots of the experts that can be computed at once, and those of the
+            experts that `fetch` brings first; -1 for all others.
+        misses: [3, width] int32, written: flat number, slot, and 1 if a fetch ahead began the row; first the latter,
+            then the others, each in ascending order; -1 behind the last. `width` is at least
+            min(num_experts, tokens * top_k, num_slots).
+    """
+    admit_reference(
+        experts,
+        layer,
+        first,
+        predicted,
+        horizon,
+        pending,
+        slot_of,
+        owner_of,
+        last_use,
+        unproven,
+        use,
+        clock,
+        counts,
+        slots,
+        misses,
+    )
+
+
+@admit.register_fake
+def _(
+    experts: Tensor,
+    layer: int,
+    first: bool,
+    predicted: bool,
+    horizon: int,
+    pending: Tensor,
+    slot_of: Tensor,
+    owner_of: Tensor,
+    last_use: Tensor,
+    unproven: Tensor,
+    use: Tensor,
+    clock: Tensor,
+    counts: Tensor,
+    slots: Tensor,
+    misses: Tensor,
+) -> None:
+    return None
+
+
+def admit_ahead_reference(
+    candidates: Tensor,
+    layer: int,
+    limit: int,
+    predicted: bool,
+    horizon: int,
+    slot_of: Tensor,
+    owner_of: Tensor,
+    last_use: Tensor,
+    unproven: Tensor,
+    use: Tensor,
+    clock: Tensor,
+    ahead: Tensor,
+    issued: Tensor,
+) -> None:
+    """Compute `admit_ahead` on the CPU."""
+    state = _State(layer, predicted, horizon, slot_of, owner_of, last_use, unproven, use)
+    now = _numbers(clock)[0]
+    _numbers(issued)[0] = now
+    wanted = [expert for expert in dict.fromkeys(_numbers(candidates)) if expert >= 0]
+    where = {expert: state.slot_of[expert] for expert in wanted}
+    resumed = {expert for expert in wanted if where[expert] >= 0 and state.unproven[where[expert]]}
+    placed = [expert for expert in wanted if where[expert] < 0][:limit]
+    if placed:
+        victims = state.victims(len(placed), now, {slot for slot in where.values() if slot >= 0})
+        placed = placed[: len(victims)]
+        state.place(placed, victims, now, 1)
+        where.update(zip(placed, victims, strict=True))
+    entered = [expert for expert in wanted if expert in resumed or expert in placed]
+    _store_columns(ahead, [(expert, where[expert], int(expert in resumed)) for expert in entered])
+
+
+@operator(mutates_args=("slot_of", "owner_of", "last_use", "unproven", "ahead", "issued"))
+def admit_ahead(
+    candidates: Tensor,
+    layer: int,
+    limit: int,
+    predicted: bool,
+    horizon: int,
+    slot_of: Tensor,
+    owner_of: Tensor,
+    last_use: Tensor,
+    unproven: Tensor,
+    use: Tensor,
+    clock: Tensor,
+    ahead: Tensor,
+    issued: Tensor,
+) -> None:
+    """Give slots to experts that later layers are expected to need; called after `admit` of `layer`.
+
+    At most `limit` candidates that have no slot get one, in their order, as long as there are slots that the current
+    wave does not use and no candidate owns; which one is given away, see `admit`.
+
+    Args:
+        candidates: [n] int32, flat numbers of experts, likeliest first; -1 is padding, and only the first of equal
+            ones counts.
+        layer: the MoE layer that was admitted last.
+        limit: how many slots are given at most.
+        predicted: as in `admit`, and so are `horizon`, `slot_of`, `owner_of`, `last_use`, `unproven`, `use`.
+        horizon: see above.
+        slot_of: see above.
+        owner_of: see above.
+        last_use: see above.
+        unproven: see above; 1 for the slots given here.
+        use: see above; read only.
+        clock: [1] int64, read only.
+        ahead: [3, n] int32, written: flat number, slot, and 1 if an earlier fetch ahead began the row, for every
+            candidate whose row is not known to be whole, in their order; -1 behind the last.
+        issued: [1] int64, written: the clock. `fetch_ahead` stops when the clock moves on.
+    """
+    admit_ahead_reference(
+        candidates,
+        layer,
+        limit,
+        predicted,
+        horizon,
+        slot_of,
+        owner_of,
+        last_use,
+        unproven,
+        use,
+        clock,
+        ahead,
+        issued,
+    )
+
+
+@admit_ahead.register_fake
+def _(
+    candidates: Tensor,
+    layer: int,
+    limit: int,
+    predicted: bool,
+    horizon: int,
+    slot_of: Tensor,
+    owner_of: Tensor,
+    last_use: Tensor,
+    unproven: Tensor,
+    use: Tensor,
+    clock: Tensor,
+    ahead: Tensor,
+    issued: Tensor,
+) -> None:
+    return None
+
+
+# In both kernels the threads of a program work on the same few addresses, and several threads may hold one element.
+# What some of them store must not reach the others' loads, or must have reached them. Where that matters, a barrier
+# stands between the loads and the stores.
+
+SIZES = ("pairs", "limit", "layer", "horizon", "num_layers", "num_experts", "num_slots", "width")
+"""Integers that no kernel is compiled anew for: they gain nothing from being 1 or divisible by 16."""
+
+
+@triton.jit
+def _keys(
+    keys: tl.tensor,
+    now: tl.tensor,
+    owner_of: tl.tensor,
+    last_use: tl.tensor,
+    unproven: tl.tensor,
+    use: tl.tensor,
+    layer: tl.tensor,
+    horizon: tl.tensor,
+    num_layers: tl.tensor,
+    num_experts: tl.tensor,
+    num_slots: tl.tensor,
+    PREDICTED: tl.constexpr,
+    ONE: tl.constexpr,
+    EMPTY: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+) -> tl.tensor:
+    """Return [BLOCK_S] every slot's key, -1 for those that may not be given away.
+
+    They go through memory, `keys`, a block at a time: what all of them are computed from would not fit into registers.
+    """
+    for start in range(0, num_slots, BLOCK):
+        slot = start + tl.arange(0, BLOCK)
+        inside = slot < num_slots
+        owner = tl.load(owner_of + slot, mask=inside, other=-1)
+        used = tl.load(last_use + slot, mask=inside, other=0)
+        if PREDICTED:
+            distance = (owner // num_experts - layer - 1 + num_layers) % num_layers + 1
+            often = tl.maximum(tl.load(use + owner, mask=owner >= 0, other=ONE), 1)
+            soon = (tl.load(unproven + slot, mask=inside, other=0) != 0) & (distance <= horizon)
+            key = distance + tl.where(soon, 0, num_layers * (ONE // often - 1))
+        else:
+            key = tl.minimum(now - used, EMPTY - 1).to(tl.int32)
+        tl.store(keys + slot, tl.where(used == now, -1, tl.where(owner < 0, EMPTY, key)), mask=inside)
+    tl.debug_barrier()
+    every = tl.arange(0, BLOCK_S)
+    return tl.load(keys + every, mask=every < num_slots, other=-1)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _admit_kernel(
+    experts: tl.tensor,
+    pending: tl.tensor,
+    slot_of: tl.tensor,
+    owner_of: tl.tensor,
+    last_use: tl.tensor,
+    unproven: tl.tensor,
+    use: tl.tensor,
+    clock: tl.tensor,
+    counts: tl.tensor,
+    slots: tl.tensor,
+    misses: tl.tensor,
+    keys: tl.tensor,
+    pairs: tl.tensor,
+    layer: tl.tensor,
+    horizon: tl.tensor,
+    num_layers: tl.tensor,
+    num_experts: tl.tensor,
+    num_slots: tl.tensor,
+    width: tl.tensor,
+    FIRST: tl.constexpr,
+    PREDICTED: tl.constexpr,
+    ONE: tl.constexpr,
+    RATE: tl.constexpr,
+    EMPTY: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_PAIRS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+) -> None:
+    """One program admits one wave: all experts side by side, then the slots given away, one after the other."""
+    expert = tl.arange(0, BLOCK_E)
+    inside = expert < num_experts
+    flat = layer * num_experts + expert
+    often = tl.load(use + flat, mask=inside, other=0)
+    if FIRST:
+        pair = tl.arange(0, BLOCK_PAIRS)
+        choice = tl.load(experts + pair, mask=pair < pairs, other=-1)
+        wanted = tl.histogram(tl.maximum(choice, 0), BLOCK_E, mask=choice >= 0) > 0
+    else:
+        wanted = tl.load(pending + expert, mask=inside, other=0) != 0
+    now = tl.load(clock) + 1
+    slot = tl.load(slot_of + flat, mask=inside, other=-1)
+    here = wanted & (slot >= 0)
+    absent = wanted & (slot < 0)
+    resumed = here & (tl.load(unproven + slot, mask=here, other=0) != 0)
+    tl.debug_barrier()
+    tl.store(clock, now)
+    tl.store(last_use + slot, now, mask=here)
+    tl.store(unproven + slot, 0, mask=resumed)
+    if FIRST:
+        tl.store(use + flat, often - (often >> RATE) + tl.where(wanted, ONE >> RATE, 0), mask=inside)
+    tl.debug_barrier()
+
+    missing = tl.sum(absent.to(tl.int32), 0)
+    resumes = tl.sum(resumed.to(tl.int32), 0)
+    turn = tl.cumsum(absent.to(tl.int32), 0) - 1
+    victim = tl.full((BLOCK_E,), -1, tl.int32)
+    if missing > 0:
+        candidate = tl.arange(0, BLOCK_S)
+        key = _keys(
+            keys,
+            now,
+            owner_of,
+            last_use,
+            unproven,
+            use,
+            layer,
+            horizon,
+            num_layers,
+            num_experts,
+            num_slots,
+            PREDICTED,
+            ONE,
+            EMPTY,
+            BLOCK,
+            BLOCK_S,
+        )
+        free = tl.sum((key >= 0).to(tl.int32), 0)
+        for number in range(tl.minimum(tl.minimum(missing, free), width - resumes)):
+            best = tl.argmax(key, 0)
+            victim = tl.where(absent & (turn == number), best, victim)
+            key = tl.where(candidate == best, -1, key)
+    placed = victim >= 0
+    previous = tl.load(owner_of + victim, mask=placed, other=-1)
+    tl.debug_barrier()
+
+    # An owner that loses its slot was not used in this wave, so the two stores to `slot_of` do not meet.
+    tl.store(slot_of + previous, -1, mask=previous >= 0)
+    tl.store(slot_of + flat, victim, mask=placed)
+    tl.store(owner_of + victim, flat, mask=placed)
+    tl.store(last_use + victim, now, mask=placed)
+    tl.store(unproven + victim, 0, mask=placed)
+    tl.store(pending + expert, (absent & (victim < 0)).to(tl.int32), mask=inside)
+    tl.store(counts, tl.load(counts) + tl.sum(here.to(tl.int64), 0))
+    tl.store(counts + 1, tl.load(counts + 1) + tl.sum(placed.to(tl.int64), 0))
+    fetched = tl.where(resumed, slot, victim)
+    tl.store(slots + expert, tl.where(here & (fetched < 0), slot, -1), mask=inside)
+    tl.store(slots + num_experts + expert, fetched, mask=inside)
+    entry = tl.where(resumed, tl.cumsum(resumed.to(tl.int32), 0) - 1, resumes + turn)
+    _store_list(misses, width, entry, flat, fetched, resumed, fetched >= 0, BLOCK_W)
+
+
+@triton.jit
+def _store_list(
+    entries: tl.tensor,
+    width: tl.tensor,
+    column: tl.tensor,
+    flat: tl.tensor,
+    slot: tl.tensor,
+    resume: tl.tensor,
+    entered: tl.tensor,
+    BLOCK_W: tl.constexpr,
+) -> None:
+    """Store what was entered at its columns of a [3, width] list, and -1 behind the last."""
+    tl.store(entries + column, flat, mask=entered)
+    tl.store(entries + width + column, slot, mask=entered)
+    tl.store(entries + 2 * width + column, resume.to(tl.int32), mask=entered)
+    rest = tl.arange(0, BLOCK_W)
+    behind = (rest >= tl.sum(entered.to(tl.int32), 0)) & (rest < width)
+    for row in tl.static_range(3):
+        tl.store(entries + row * width + rest, -1, mask=behind)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _admit_ahead_kernel(
+    candidates: tl.tensor,
+    slot_of: tl.tensor,
+    owner_of: tl.tensor,
+    last_use: tl.tensor,
+    unproven: tl.tensor,
+    use: tl.tensor,
+    clock: tl.tensor,
+    ahead: tl.tensor,
+    issued: tl.tensor,
+    keys: tl.tensor,
+    width: tl.tensor,
+    limit: tl.tensor,
+    layer: tl.tensor,
+    horizon: tl.tensor,
+    num_layers: tl.tensor,
+    num_experts: tl.tensor,
+    num_slots: tl.tensor,
+    PREDICTED: tl.constexpr,
+    ONE: tl.constexpr,
+    EMPTY: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+) -> None:
+    """One program goes through the candidates, side by side, then through the slots that they get, one by one."""
+    place = tl.arange(0, BLOCK_W)
+    flat = tl.load(candidates + place, mask=place < width, other=-1)
+    again = (flat[None, :] == flat[:, None]) & (place[None, :] < place[:, None])
+    wanted = (flat >= 0) & (tl.sum(again.to(tl.int32), 1) == 0)
+    now = tl.load(clock)
+    slot = tl.load(slot_of + flat, mask=wanted, other=-1)
+    here = wanted & (slot >= 0)
+    absent = wanted & (slot < 0)
+    resumed = here & (tl.load(unproven + slot, mask=here, other=0) != 0)
+    spared = here & (tl.load(last_use + slot, mask=here, other=now) != now)
+
+    turn = tl.cumsum(absent.to(tl.int32), 0) - 1
+    goal = tl.minimum(tl.sum(absent.to(tl.int32), 0), limit)
+    victim = tl.full((BLOCK_W,), -1, tl.int32)
+    if goal > 0:
+        candidate = tl.arange(0, BLOCK_S)
+        key = _keys(
+            keys,
+            now,
+            owner_of,
+            last_use,
+            unproven,
+            use,
+            layer,
+            horizon,
+            num_layers,
+            num_experts,
+            num_slots,
+            PREDICTED,
+            ONE,
+            EMPTY,
+            BLOCK,
+            BLOCK_S,
+        )
+        free = tl.sum((key >= 0).to(tl.int32), 0) - tl.sum(spared.to(tl.int32), 0)
+        goal = tl.minimum(goal, free)
+        number = 0
+        while number < goal:
+            best = tl.argmax(key, 0)
+            key = tl.where(candidate == best, -1, key)
+            taken = tl.sum((here & (slot == best)).to(tl.int32), 0) == 0
+            victim = tl.where(taken & absent & (turn == number), best, victim)
+            number += taken.to(tl.int32)
+    placed = victim >= 0
+    previous = tl.load(owner_of + victim, mask=placed, other=-1)
+    tl.debug_barrier()
+
+    tl.store(slot_of + previous, -1, mask=previous >= 0)
+    tl.store(slot_of + flat, victim, mask=placed)
+    tl.store(owner_of + victim, flat, mask=placed)
+    tl.store(last_use + victim, now, mask=placed)
+    tl.store(unproven + victim, 1, mask=placed)
+    tl.store(issued, now)
+    entered = resumed | placed
+    column = tl.cumsum(entered.to(tl.int32), 0) - 1
+    _store_list(ahead, width, column, flat, tl.where(resumed, slot, victim), resumed, entered, BLOCK_W)
+
+
+def _block(size: int) -> int:
+    """Return how many elements a vector of the kernels has that holds `size`, at least one per thread of a warp."""
+    power: int = triton.next_power_of_2(size)
+    return max(32, power)
+
+
+def _options(num_slots: int, width: int, predicted: bool) -> dict[str, int | bool]:
+    """Choose so many warps that a thread's share of the keys, at most 32 up to 16,384 slots, stays in registers.
+
+    As many registers as 16 warps can have are stated, because the compiler would rather spill than take them.
+    """
+    block_s = _block(num_slots)
+    warps = min(max(4, block_s // 512), 16)
+    blocks = {"BLOCK": min(block_s, 256 * warps), "BLOCK_S": block_s, "BLOCK_W": _block(width)}
+    return blocks | {"PREDICTED": predicted, "ONE": ONE, "EMPTY": EMPTY, "num_warps": warps, "maxnreg": 128}
+
+
+def _admit_options(
+    num_pairs: int, num_experts: int, num_slots: int, width: int, first: bool, predicted: bool
+) -> dict[str, int | bool]:
+    """Add what the kernel of `admit` needs beside `_options`."""
+    blocks = {"BLOCK_PAIRS": _block(num_pairs), "BLOCK_E": _block(num_experts)}
+    return _options(num_slots, width, predicted) | blocks | {"FIRST": first, "RATE": RATE}
+
+
+@admit.register_cuda
+def admit_triton(
+    experts: Tensor,
+    layer: int,
+    first: bool,
+    predicted: bool,
+    horizon: int,
+    pending: Tensor,
+    slot_of: Tensor,
+    owner_of: Tensor,
+    last_use: Tensor,
+    unproven: Tensor,
+    use: Tensor,
+    clock: Tensor,
+    counts: Tensor,
+    slots: Tensor,
+    misses: Tensor,
+) -> None:
+    """Launch the kernel of `admit`."""
+    _check(experts.numel(), pending, slot_of, owner_of, slots, misses)
+    num_layers, num_experts = slot_of.shape
+    pairs, num_slots, width = experts.numel(), len(owner_of), misses.shape[1]
+    _admit_kernel[(1,)](
+        experts,
+        pending,
+        slot_of,
+        owner_of,
+        last_use,
+        unproven,
+        use,
+        clock,
+        counts,
+        slots,
+        misses,
+        torch.empty_like(owner_of),
+        pairs,
+        layer,
+        horizon,
+        num_layers,
+        num_experts,
+        num_slots,
+        width,
+        **_admit_options(pairs, num_experts, num_slots, width, first, predicted),
+    )
+
+
+@admit_ahead.register_cuda
+def admit_ahead_triton(
+    candidates: Tensor,
+    layer: int,
+    limit: int,
+    predicted: bool,
+    horizon: int,
+    slot_of: Tensor,
+    owner_of: Tensor,
+    last_use: Tensor,
+    unproven: Tensor,
+    use: Tensor,
+    clock: Tensor,
+    ahead: Tensor,
+    issued: Tensor,
+) -> None:
+    """Launch the kernel of `admit_ahead`."""
+    assert ahead.shape == (3, len(candidates)), "ahead is [3, candidates]"
+    num_layers, num_experts = slot_of.shape
+    num_slots, width = len(owner_of), len(candidates)
+    _admit_ahead_kernel[(1,)](
+        candidates,
+        slot_of,
+        owner_of,
+        last_use,
+        unproven,
+        use,
+        clock,
+        ahead,
+        issued,
+        torch.empty_like(owner_of),
+        width,
+        limit,
+        layer,
+        horizon,
+        num_layers,
+        num_experts,
+        num_slots,
+        **_options(num_slots, width, predicted),
+    )
+
+
+def configurations(dtype: torch.dtype, capability: int) -> list[Configuration]:
+    """List what the launchers choose for few and for the most slots; the directory has no float dtype."""
+    names = ("pending", "slot_of", "owner_of", "unproven", "use", "slots", "misses", "keys")
+    types = {name: "*i32:16" for name in names} | {name: "*i64:16" for name in ("last_use", "clock")}
+    types |= {name: "i32" for name in ("layer", "horizon", "num_layers", "num_experts", "num_slots", "width")}
+    admitting = types | {"experts": "*i32:16", "counts": "*i64:16", "pairs": "i32"}
+    unused = ("pending", "slots", "misses")
+    placing = {name: kind for name, kind in types.items() if name not in unused}
+    placing |= {"candidates": "*i32:16", "ahead": "*i32:16", "issued": "*i64:16", "limit": "i32"}
+    return [
+        Configuration(_admit_kernel, admitting, _admit_options(8, 60, 400, 8, True, False)),
+        Configuration(_admit_kernel, admitting, _admit_options(64, 128, 4000, 64, True, True)),
+        Configuration(_admit_kernel, admitting, _admit_options(8, 8, 8000, 8, False, True)),
+        Configuration(_admit_kernel, admitting, _admit_options(2048, 512, 16384, 512, True, True)),
+        Configuration(_admit_ahead_kernel, placing, _options(400, 8, False)),
+        Configuration(_admit_ahead_kernel, placing, _options(4000, 64, True)),
+        Configuration(_admit_ahead_kernel, placing, _options(16384, 64, True)),
+    ]
