@@ -87,22 +87,16 @@ class Checkpoint:
 
         Args:
             destinations: names and contiguous tensors, on any device and of any float type; values are converted. The
-                names and shapes have been through `check`.
+                names and shapes have been checked (StoredMatrices.check).
             quiet: show no progress bar.
 
         Raises:
             InputError: when reading fails.
 
         Warns:
-            RuntimeWarning: for a tensor with values that are not finite (any more, once converted), and for tensors
-                that the model has no use for.
+            RuntimeWarning: for a tensor with values that are not finite (any more, once converted).
         """
         wanted = dict(destinations)
-        unused = sorted(self.tensors.keys() - wanted.keys())
-        unused = [name for name in unused if not name.endswith("rotary_emb.inv_freq")]
-        if unused:
-            _warn(f"{self.path}: {len(unused)} tensors are not part of the model and were ignored, first {unused[0]}")
-
         # In file order, so that the readers move through each file front to back.
         jobs = sorted(wanted, key=lambda name: (self.tensors[name].path, self.tensors[name].begin))
         total = sum(self.tensors[name].size for name in jobs)
@@ -120,6 +114,13 @@ class Checkpoint:
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
+
+    def warn_of_unused(self, used: Iterable[str]) -> None:
+        """Warn (RuntimeWarning) where there are tensors that the model has no use for."""
+        unused = sorted(self.tensors.keys() - set(used))
+        unused = [name for name in unused if not name.endswith("rotary_emb.inv_freq")]
+        if unused:
+            _warn(f"{self.path}: {len(unused)} tensors are not part of the model and were ignored, first {unused[0]}")
 
     def read(self, name: str) -> Tensor:
         """Return a tensor as it is stored, on the host.
@@ -148,25 +149,6 @@ class Checkpoint:
             found.update(repr((name, stored.dtype, stored.shape)).encode())
             found.update(_memory(content))
         return found.hexdigest()[:32]
-
-    def check(self, expected: Iterable[tuple[str, tuple[int, ...]]]) -> None:
-        """Check that the checkpoint has every expected tensor, in the expected shape and a type that can be read.
-
-        Raises:
-            InputError: at the first that it has not; so `expected` may go on for very long.
-        """
-        for name, shape in expected:
-            stored = self.tensors.get(name)
-            if stored is None:
-                raise InputError(f"{self.path}: the checkpoint has no tensor {name}")
-            if stored.shape != shape:
-                raise InputError(
-                    f"{stored.path}: {name} has shape {list(stored.shape)}, but config.json asks for {list(shape)}"
-                )
-            if stored.dtype not in STORED_DTYPES:
-                raise InputError(
-                    f"{stored.path}: {name} is stored as {stored.dtype}; supported: {', '.join(STORED_DTYPES)}"
-                )
 
     def _find_tensors(self) -> dict[str, StoredTensor]:
         index = self.read_json("model.safetensors.index.json")

@@ -36,6 +36,12 @@ def add_running_options(p: argparse.ArgumentParser) -> None:
 
     add("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     add("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16, float16 (default: %(default)s)")
+    add(
+        "--expert-dtype",
+        default="auto",
+        help="of the experts: auto (as stored), plain (as --dtype), fp8 or int4, quantised while loading "
+        "(default: %(default)s)",
+    )
     add("--policy", default="auto", help="auto, resident, duo, lru or a baseline (default: %(default)s)")
     add(
         "--gpu-memory",

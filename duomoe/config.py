@@ -10,7 +10,7 @@ import torch
 from duomoe.errors import InputError
 from duomoe.experts.link import Pace
 from duomoe.memory.plan import DEFAULT_SHARE, Limits, Plan, device_memory, host_memory, make_plan
-from duomoe.model_folder import ModelFolder
+from duomoe.model_folder import EXPERT_DTYPES, ModelFolder
 from duomoe.models.config import DTYPES, ModelConfig
 from duomoe.sizes import format_size, parse_size, parse_size_or_share, parse_time
 
@@ -21,6 +21,7 @@ class EngineConfig:
 
     device: str = "auto"  # auto (cuda where there is one), cpu, cuda
     dtype: str = "auto"  # auto (the checkpoint's), float32, bfloat16, float16
+    expert_dtype: str = "auto"  # auto (as stored), plain (the dtype), fp8 or int4 (quantised while loading)
     policy: str = "auto"  # auto (resident where all experts fit, else duo), or a policy's name
     gpu_memory: str | int | None = None  # in all: bytes or "8GiB"; None: 90 % of what is free, on a CPU no limit
     expert_memory: str | int | None = None  # of expert slots: bytes, "2GiB" or a share, "15%"; None: what is left
@@ -35,6 +36,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _choose("device", self.device, ("auto", "cpu", "cuda"))
         _choose("dtype", self.dtype, ("auto", *DTYPES))
+        _choose("expert_dtype", self.expert_dtype, EXPERT_DTYPES)
         _choose("compile", self.compile, ("auto", "on", "off"))
         for name in ("max_batch", "max_model_len"):
             value = getattr(self, name)
@@ -133,7 +135,9 @@ class EngineConfig:
             predictor_bytes=self.predictor_bytes(folder, dtype),
             graphs=self.graph and device.type == "cuda",
         )
-        return make_plan(folder.architecture, folder.config, dtype, limits)
+        expert_format = folder.expert_format(self.expert_dtype, dtype)
+        dequantised = folder.dequantised_bytes(dtype)
+        return make_plan(folder.architecture, folder.config, dtype, expert_format, dequantised, limits)
 
 
 def _choose(name: str, value: object, allowed: tuple[str, ...]) -> None:

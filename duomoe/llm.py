@@ -17,17 +17,16 @@ from duomoe.engine.engine import Engine
 from duomoe.engine.request import Request
 from duomoe.engine.scheduler import Scheduler
 from duomoe.errors import InputError
-from duomoe.experts.format import plain_format
 from duomoe.experts.link import Traffic, open_link
 from duomoe.experts.policies import BOUNDED, PREDICTED, Policy, Resident
 from duomoe.experts.predictor import GatePredictor, Predictor, load_predictor
 from duomoe.experts.store import ExpertStore
+from duomoe.loading import load_weights
 from duomoe.memory.kv_cache import KVCache
 from duomoe.memory.plan import Plan
 from duomoe.model_folder import EMBEDDED_MODEL, ModelFolder
-from duomoe.models import Architecture, Model
+from duomoe.models import Model
 from duomoe.models.config import token_ids
-from duomoe.models.model import stacked
 from duomoe.sampling import SamplingParams
 from duomoe.sizes import format_size
 from duomoe.tokenizer import TextStream, Tokenizer
@@ -97,7 +96,7 @@ class LLM:
         except TypeError as error:
             raise TypeError(f"LLM: {error}") from None
         folder = ModelFolder(path)
-        checkpoint, architecture, self.config = folder.checkpoint, folder.architecture, folder.config
+        checkpoint, self.config = folder.checkpoint, folder.config
         self.plan = self.engine_config.plan(folder)
         has_tokenizer = (checkpoint.path / "tokenizer.json").exists()
         self.tokenizer = Tokenizer(checkpoint) if has_tokenizer else None
@@ -106,11 +105,7 @@ class LLM:
         self.eos_token_ids = frozenset(self.config.eos_token_ids) | frozenset(also)
 
         self._checkpoint = checkpoint
-        self._routers = [
-            name
-            for layer in self.config.moe_layers
-            for name, _ in architecture.block_sources(self.config, layer)["router"]
-        ]
+        self._routers = folder.routers()
 
         self._numbers = itertools.count()
         self._lock = threading.RLock()  # one step at a time; callers in several threads share the batch
@@ -121,24 +116,25 @@ class LLM:
 
     def _build(self, folder: ModelFolder, quiet: bool) -> None:
         """Allocate what the plan says, load the weights, and put the engine together."""
-        plan, checkpoint, architecture = self.plan, folder.checkpoint, folder.architecture
+        plan = self.plan
         device = self.engine_config.torch_device()
         compiled = {"auto": device.type == "cuda", "on": True, "off": False}[self.engine_config.compile]
         if device.type == "cuda" and self.engine_config.gpu_memory is not None:
             self._enforce(plan)
 
-        model = Model(architecture, self.config, device, plan.dtype, compiled)
+        model = Model(folder.architecture, self.config, device, plan.dtype, compiled)
         assert model.num_bytes == plan.weights_bytes, "the weights are not as planned"
         resident = plan.policy == "resident"
         store = ExpertStore(
-            plain_format(self.config.hidden_size, self.config.moe_intermediate_size, plan.dtype),
+            plan.expert_format,
             len(self.config.moe_layers),
             self.config.num_experts,
             device if resident else torch.device("cpu"),
             pinned=not resident and device.type == "cuda",
         )
         assert store.num_bytes == (plan.slot_bytes if resident else plan.store_bytes), "the store is not as planned"
-        checkpoint.load([*model.destinations(), *_expert_destinations(architecture, model, store)], quiet=quiet)
+        # Of each layer with experts; all 0 where they are as the checkpoint stores them.
+        self.quantisation_errors = load_weights(folder, model, store, quiet)
         model.share_equal_head()
         if device.type == "cuda":
             torch.cuda.empty_cache()  # what comparing the heads took is not to count beside what follows
@@ -323,12 +319,3 @@ class LLM:
         if self.tokenizer is None:
             raise InputError("this checkpoint has no tokenizer.json; give the prompt as token ids")
         return self.tokenizer
-
-
-def _expert_destinations(architecture: Architecture, model: Model, store: ExpertStore) -> Iterator[tuple[str, Tensor]]:
-    """Yield each expert tensor's name in the checkpoint and its place in the store."""
-    for layer, rows in zip(model.config.moe_layers, store.layers, strict=True):
-        views = store.format.views(rows)
-        for expert in range(store.num_experts):
-            for name, sources in architecture.expert_sources(model.config, layer, expert).items():
-                yield from stacked(sources, views[name][expert])

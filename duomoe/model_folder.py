@@ -1,14 +1,25 @@
 """What a model folder says about its model before any weight is read."""
 
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from duomoe.checkpoint import Checkpoint
+from duomoe.errors import InputError
+from duomoe.experts.format import ExpertFormat, fp8_format, int4_format, plain_format
+from duomoe.experts.stored import StoredMatrices
 from duomoe.models import architecture_of
-from duomoe.models.model import expected_tensors
+from duomoe.models.model import dense_tensors, expected_tensors, expert_tensors
 
 EMBEDDED_MODEL = Path(__file__).parent / "assets"
+
+EXPERT_DTYPES = ("auto", "plain", "fp8", "int4")
+
+# Of experts that are quantised while they are loaded.
+INT4_GROUP = 128
 
 
 class ModelFolder:
@@ -21,6 +32,7 @@ class ModelFolder:
         checkpoint: its files.
         architecture: the model's family.
         config: the model's shape.
+        stored: its weights, whatever they are stored as.
 
     Raises:
         InputError: when the folder cannot be used.
@@ -33,4 +45,51 @@ class ModelFolder:
         if "lm_head.weight" in self.checkpoint.tensors:
             # What is stored counts, also where the config says that the head is the embedding.
             self.config = replace(self.config, tie_word_embeddings=False)
-        self.checkpoint.check(expected_tensors(self.architecture, self.config))
+        self.stored = StoredMatrices(self.checkpoint, self.config.quantization)
+        self.stored.check(expected_tensors(self.architecture, self.config))
+
+    def expert_format(self, expert_dtype: str, dtype: torch.dtype) -> ExpertFormat:
+        """Return what an expert's row is to look like.
+
+        Args:
+            expert_dtype: one of EXPERT_DTYPES; 'auto' is what the checkpoint stores.
+            dtype: of activations, and of plain experts.
+
+        Raises:
+            InputError: for 'auto', when the checkpoint does not store all experts alike.
+        """
+        forms = {("plain", dtype)}
+        if self.config.quantization is not None:
+            forms = {self.stored.form(*tensor) for tensor in expert_tensors(self.architecture, self.config)} or forms
+        if expert_dtype == "auto":
+            if len(forms) > 1:
+                raise InputError(
+                    f"{self.checkpoint.path}: its experts are not all stored in the same form; choose one for all with "
+                    f"--expert-dtype plain, fp8 or int4"
+                )
+            ((expert_dtype, _),) = forms
+        size = self.config.hidden_size, self.config.moe_intermediate_size
+        if expert_dtype == "plain":
+            return plain_format(*size, dtype)
+        if expert_dtype == "fp8":
+            return fp8_format(*size)
+        scales = {scale for form, scale in forms if form == "int4"}
+        if self.config.quantization is None or not scales:
+            return int4_format(*size, INT4_GROUP, torch.float16)
+        return int4_format(*size, self.config.quantization.group_size, min(scales, key=str))
+
+    def routers(self) -> list[str]:
+        """Return the names of the tensors that hold the routers; what they hold tells this model from any other."""
+        sources = (self.architecture.block_sources(self.config, layer)["router"] for layer in self.config.moe_layers)
+        return [part for (tensor,) in sources for part in self.stored.tensors(*tensor)]
+
+    def dequantised_bytes(self, dtype: torch.dtype) -> int:
+        """Return how many bytes more the non-expert weights take in a dtype, where they are stored quantised."""
+        if self.config.quantization is None:
+            return 0
+        more = 0
+        for name, shape in dense_tensors(self.architecture, self.config):
+            if self.stored.is_quantised(name, shape):
+                stored = sum(self.checkpoint.tensors[part].size for part in self.stored.tensors(name, shape))
+                more += math.prod(shape) * dtype.itemsize - stored
+        return more

@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -90,21 +89,14 @@ def _routers_of(path: str | None) -> tuple["Model", str]:
     """Return a model of which only the routers are loaded, in float32 on the CPU, and its fingerprint."""
     import torch
 
-    from duomoe.checkpoint import Checkpoint
-    from duomoe.llm import EMBEDDED_MODEL
-    from duomoe.models import Model, architecture_of
-    from duomoe.models.model import expected_tensors
+    from duomoe.model_folder import ModelFolder
+    from duomoe.models import Model
 
-    checkpoint = Checkpoint(EMBEDDED_MODEL if path is None else path)
-    architecture = architecture_of(checkpoint.config)
-    config = architecture.parse(checkpoint.config)
-    checkpoint.check(expected_tensors(architecture, config))
-    model = Model(architecture, config, torch.device("cpu"), torch.float32, compiled=False)
-    names = [name for layer in config.moe_layers for name, _ in architecture.block_sources(config, layer)["router"]]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*not part of the model")  # of this one, which is only its routers
-        checkpoint.load([place for place in model.destinations() if place[0] in names], quiet=True)
-    return model, checkpoint.fingerprint(names)
+    folder = ModelFolder(path)
+    model = Model(folder.architecture, folder.config, torch.device("cpu"), torch.float32, compiled=False)
+    names = set(folder.routers())
+    folder.checkpoint.load([place for place in model.destinations() if place[0] in names], quiet=True)
+    return model, folder.checkpoint.fingerprint(folder.routers())
 
 
 if __name__ == "__main__":

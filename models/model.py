@@ -110,7 +110,13 @@ def _compiled(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def expected_tensors(architecture: Architecture, config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield the name and shape of every checkpoint tensor of a model, experts included."""
+    """Yield the name and shape of every checkpoint tensor of a model, its experts' last."""
+    yield from dense_tensors(architecture, config)
+    yield from expert_tensors(architecture, config)
+
+
+def dense_tensors(architecture: Architecture, config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the name and shape of every checkpoint tensor of a model but its experts'."""
     vocab_by_hidden = (config.vocab_size, config.hidden_size)
     yield "model.embed_tokens.weight", vocab_by_hidden
     yield "model.norm.weight", (config.hidden_size,)
@@ -119,7 +125,12 @@ def expected_tensors(architecture: Architecture, config: ModelConfig) -> Iterato
     for layer in range(config.num_layers):
         for sources in architecture.block_sources(config, layer).values():
             yield from sources
-        for expert in range(config.num_experts if config.is_moe[layer] else 0):
+
+
+def expert_tensors(architecture: Architecture, config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the name and shape of every checkpoint tensor of a model's experts."""
+    for layer in config.moe_layers:
+        for expert in range(config.num_experts):
             for sources in architecture.expert_sources(config, layer, expert).values():
                 yield from sources
 

@@ -52,6 +52,7 @@ class RowTensor:
 class ExpertFormat:
     """The tensors of an expert's row, by name. Whatever moves experts sees only `row_bytes`."""
 
+    name: str  # 'plain', 'fp8' or 'int4'
     tensors: Mapping[str, RowTensor]
     row_bytes: int
     convert: Callable[[Matrix], Matrix]  # to the form whose `row_tensors` a row holds
@@ -89,7 +90,7 @@ def plain_format(hidden_size: int, intermediate_size: int, dtype: torch.dtype) -
     def stored(outer: int, inner: int) -> list[Stored]:
         return [((outer, inner), dtype)]
 
-    return _format(hidden_size, intermediate_size, stored, lambda matrix: to_plain(matrix, dtype))
+    return _format("plain", hidden_size, intermediate_size, stored, lambda matrix: to_plain(matrix, dtype))
 
 
 def fp8_format(hidden_size: int, intermediate_size: int) -> ExpertFormat:
@@ -98,7 +99,7 @@ def fp8_format(hidden_size: int, intermediate_size: int) -> ExpertFormat:
     def stored(outer: int, inner: int) -> list[Stored]:
         return [((outer, inner), torch.float8_e4m3fn), (block_shape(outer, inner), torch.float32)]
 
-    return _format(hidden_size, intermediate_size, stored, to_fp8)
+    return _format("fp8", hidden_size, intermediate_size, stored, to_fp8)
 
 
 def int4_format(hidden_size: int, intermediate_size: int, group: int, scale_dtype: torch.dtype) -> ExpertFormat:
@@ -108,10 +109,11 @@ def int4_format(hidden_size: int, intermediate_size: int, group: int, scale_dtyp
         groups = scale_shape(outer, inner, group)
         return [((outer, packed_width(inner)), torch.uint8), (groups, scale_dtype), (groups, torch.uint8)]
 
-    return _format(hidden_size, intermediate_size, stored, lambda matrix: to_int4(matrix, group, scale_dtype))
+    return _format("int4", hidden_size, intermediate_size, stored, lambda matrix: to_int4(matrix, group, scale_dtype))
 
 
 def _format(
+    name: str,
     hidden_size: int,
     intermediate_size: int,
     stored: Callable[[int, int], list[Stored]],
@@ -120,11 +122,11 @@ def _format(
     """Lay out a row: `stored` says in what tensors a matrix [outer, inner] is kept."""
     tensors, offset = {}, 0
     matrices = {"gate_up": (2, intermediate_size, hidden_size), "down": (1, hidden_size, intermediate_size)}
-    for name, (count, outer, inner) in matrices.items():
+    for matrix, (count, outer, inner) in matrices.items():
         for suffix, ((length, *rest), dtype) in zip(SUFFIXES, stored(outer, inner), strict=False):
-            tensors[name + suffix] = RowTensor((count * length, *rest), dtype, offset)
-            offset = aligned(offset + tensors[name + suffix].size)
-    return ExpertFormat(tensors, offset, convert)
+            tensors[matrix + suffix] = RowTensor((count * length, *rest), dtype, offset)
+            offset = aligned(offset + tensors[matrix + suffix].size)
+    return ExpertFormat(name, tensors, offset, convert)
 
 
 def aligned(size: int) -> int:

@@ -42,8 +42,8 @@ class QuantisationError:
     squared_norm: float = 0.0
 
     def add(self, matrix: Matrix, converted: Matrix) -> None:
-        """Count a matrix that was plain and is quantised now."""
-        if isinstance(matrix, PlainMatrix) and not isinstance(converted, PlainMatrix):
+        """Count a matrix that has been quantised."""
+        if converted is not matrix and not isinstance(converted, PlainMatrix):
             values = matrix.values()
             self.squared_error += float((converted.values() - values).square().sum(dtype=torch.float64))
             self.squared_norm += float(values.square().sum(dtype=torch.float64))
@@ -95,6 +95,20 @@ class StoredMatrices:
         if f"{prefix}.g_idx" in found:
             tensors[f"{prefix}.g_idx"] = ((inner,), ("I32",))
         return tensors
+
+    def is_quantised(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Return whether a parameter is stored as more than its values."""
+        return len(self.tensors(name, shape)) > 1
+
+    def form(self, name: str, shape: tuple[int, ...]) -> tuple[str, torch.dtype]:
+        """Return the form of a matrix that has been through `check` ('plain', 'fp8', 'int4'), and its scales' dtype.
+
+        A plain matrix's own dtype does not matter, nor that of the scales of an fp8 one: float32 holds them all.
+        """
+        names = list(self.tensors(name, shape))
+        if len(names) < 3:
+            return ("fp8" if len(names) == 2 else "plain"), torch.float32
+        return "int4", STORED_DTYPES[self.checkpoint.tensors[names[2]].dtype]
 
     def check(self, expected: Iterable[tuple[str, tuple[int, ...]]]) -> None:
         """Check that every expected tensor is there, in the shapes and types of its method.
@@ -163,7 +177,7 @@ def fill_layer(
         rows: uint8 [experts, row_bytes], on any device.
 
     Returns:
-        What plain matrices lost where the format quantises them.
+        What matrices lost where the format quantises them.
 
     Raises:
         InputError: as `StoredMatrices.read`, and when a matrix has values that the format cannot hold.

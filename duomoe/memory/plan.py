@@ -14,7 +14,7 @@ from fractions import Fraction
 import torch
 
 from duomoe.errors import InputError
-from duomoe.experts.format import plain_format
+from duomoe.experts.format import ExpertFormat
 from duomoe.experts.policies import BOUNDED, PREDICTED, STREAMING
 from duomoe.experts.prefill import SMALLEST_RING, ring_slots
 from duomoe.kernels import LANES, gemv_splits
@@ -84,7 +84,8 @@ class Plan:
 
     Attributes:
         weight_sizes: of each non-expert tensor.
-        row_bytes: of an expert.
+        expert_format: of an expert's row.
+        dequantised: of the non-expert weights, what they take beyond what the checkpoint stores.
         num_experts: of all layers together.
         num_slots: experts that are on the device at once; all of them under `resident`.
         max_model_len: the longest sequence, in tokens.
@@ -99,7 +100,8 @@ class Plan:
     model: ModelConfig
     dtype: torch.dtype
     weight_sizes: tuple[int, ...]
-    row_bytes: int
+    expert_format: ExpertFormat
+    dequantised: int
     num_experts: int
     num_slots: int
     max_batch: int
@@ -113,6 +115,11 @@ class Plan:
     def weights_bytes(self) -> int:
         """Bytes of the non-expert weights."""
         return sum(self.weight_sizes)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of an expert."""
+        return self.expert_format.row_bytes
 
     @property
     def kv_bytes(self) -> int:
@@ -243,6 +250,7 @@ class Plan:
             "budget_bytes": self.budget,
             "total_bytes": self.total,
             "weights_bytes": self.weights_bytes,
+            "dequantised_bytes": self.dequantised,
             "kv_cache_bytes": self.kv_bytes,
             "predictor_bytes": self.predictor_bytes,
             "decode_bytes": self.decode_bytes,
@@ -252,6 +260,7 @@ class Plan:
             "prefill_ring_bytes": self.ring_slots * self.row_bytes,
             "allocator_bytes": self.allocator_bytes,
             "expert_store_bytes": self.store_bytes,
+            "expert_dtype": self.expert_format.name,
             "expert_bytes": self.row_bytes,
             "experts": self.num_experts,
             "slots": self.num_slots,
@@ -268,8 +277,9 @@ class Plan:
         share = f"{slots} of {self.num_experts} experts"
         if 0 < slots < self.num_experts:
             share += f", {100 * slots / self.num_experts:.1f} %"
+        dense = f"dequantised, {format_size(self.dequantised)} more than stored" if self.dequantised else ""
         rows = [
-            ("non-expert weights", self.weights_bytes, ""),
+            ("non-expert weights", self.weights_bytes, dense),
             ("KV pages", self.kv_bytes, f"{self.num_pages * PAGE_SIZE} tokens, {self._sequences()}"),
             ("workspace", self.workspace_bytes, f"for passes of up to {self.pass_tokens} tokens"),
         ]
@@ -289,7 +299,8 @@ class Plan:
         limit = "no limit" if self.budget is None else f"of {format_size(self.budget)}"
         rows.append(("total", self.total, limit))
         if self.store_bytes:
-            rows.append(("in host memory", self.store_bytes, f"all {self.num_experts} experts"))
+            form = "" if self.expert_format.name == "plain" else f", {self.expert_format.name}"
+            rows.append(("in host memory", self.store_bytes, f"all {self.num_experts} experts{form}"))
         lines = [f"memory plan: {self.device}, policy {self.policy}"]
         lines += [f"  {name:<18}{format_size(size):>12}  {note}".rstrip() for name, size, note in rows]
         return "\n".join(lines)
@@ -300,20 +311,28 @@ class Plan:
         return f"{count} sequence{'' if count == '1' else 's'} of {self.max_model_len}"
 
 
-def make_plan(architecture: Architecture, model: ModelConfig, dtype: torch.dtype, limits: Limits) -> Plan:
+def make_plan(
+    architecture: Architecture,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    expert_format: ExpertFormat,
+    dequantised: int,
+    limits: Limits,
+) -> Plan:
     """Divide the device's memory.
 
     Args:
         architecture: the model's family.
         model: its shape.
         dtype: of weights and activations.
+        expert_format: of an expert's row.
+        dequantised: bytes that the non-expert weights take beyond what the checkpoint stores.
         limits: what the plan has to keep to.
 
     Raises:
         InputError: when the limits cannot be kept; names the least that would do, and what it is made of.
     """
-    row_bytes = plain_format(model.hidden_size, model.moe_intermediate_size, dtype).row_bytes
-    policy, fewest, most = _slot_range(model, row_bytes, limits)
+    policy, fewest, most = _slot_range(model, expert_format.row_bytes, limits)
     longest = min(limits.max_model_len or model.max_position, model.max_position)
     shortest = longest if limits.max_model_len else min(longest, SHORTEST_CONTEXT)
     least = Plan(
@@ -322,7 +341,8 @@ def make_plan(architecture: Architecture, model: ModelConfig, dtype: torch.dtype
         model=model,
         dtype=dtype,
         weight_sizes=tuple(elements * dtype.itemsize for elements in _weights(architecture, model)),
-        row_bytes=row_bytes,
+        expert_format=expert_format,
+        dequantised=dequantised,
         num_experts=len(model.moe_layers) * model.num_experts,
         num_slots=fewest,
         max_batch=limits.max_batch,

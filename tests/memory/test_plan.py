@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from duomoe import LLM, EngineConfig, InputError, SamplingParams
 from duomoe.engine import engine
+from duomoe.experts.format import plain_format
 from duomoe.experts.policies import BOUNDED
 from duomoe.experts.policies.lru import Lru
 from duomoe.memory.kv_cache import PAGE_SIZE
@@ -43,7 +44,12 @@ def limits_of(**changes: Any) -> Limits:
 def plan_of(raw: dict[str, Any], **changes: Any) -> Plan:
     architecture = architecture_of(raw)
     model = architecture.parse(raw)
-    return make_plan(architecture, model, model.dtype, limits_of(**changes))
+    return planned(architecture, model, model.dtype, limits_of(**changes))
+
+
+def planned(architecture: Architecture, model: ModelConfig, dtype: torch.dtype, limits: Limits) -> Plan:
+    plain = plain_format(model.hidden_size, model.moe_intermediate_size, dtype)
+    return make_plan(architecture, model, dtype, plain, 0, limits)
 
 
 @st.composite
@@ -90,19 +96,19 @@ def test_any_model_and_any_limits(
         device=device, policy=policy, memory=memory, experts=experts, max_model_len=length, max_batch=batch
     )
 
-    def planned(memory: int | None) -> Plan:
-        return make_plan(architecture, model, torch.bfloat16, replace(asked, memory=memory))
+    def plan_in(memory: int | None) -> Plan:
+        return planned(architecture, model, torch.bfloat16, replace(asked, memory=memory))
 
     try:
-        plan = planned(memory)
+        plan = plan_in(memory)
     except InputError as error:
         if not (least := re.search(r"at least (\d+) bytes \(.*are needed: weights", str(error))):
             assert experts is not None and "--expert-memory" in str(error)
             return
         # The minimum that it names does, and a byte less does not.
         with pytest.raises(InputError, match="too little"):
-            planned(int(least[1]) - 1)
-        plan = planned(int(least[1]))
+            plan_in(int(least[1]) - 1)
+        plan = plan_in(int(least[1]))
 
     everything = len(model.moe_layers) * model.num_experts
     assert plan.budget is None or plan.total <= plan.budget
@@ -132,7 +138,7 @@ def test_any_model_and_any_limits(
 def test_weights_are_all_tensors_that_are_no_experts(found: tuple[Architecture, ModelConfig]) -> None:
     architecture, model = found
     others = [shape for name, shape in expected_tensors(architecture, model) if ".experts." not in name]
-    plan = make_plan(architecture, model, torch.bfloat16, limits_of())
+    plan = planned(architecture, model, torch.bfloat16, limits_of())
     assert plan.weights_bytes == 2 * sum(math.prod(shape) for shape in others)
 
 
