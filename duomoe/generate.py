@@ -38,9 +38,7 @@ def parser() -> argparse.ArgumentParser:
     sampling.add_argument("--stop", action="append", default=[], metavar="STR", help="end before this text; repeatable")
     sampling.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of streaming text")
-    p.add_argument(
-        "--verbose", action="store_true", help="show the memory plan and quantisation errors, on stderr"
-    )
+    p.add_argument("--verbose", action="store_true", help="show the memory plan and quantisation errors, on stderr")
     return p
 
 

@@ -14,6 +14,7 @@ TEXT = "And it came to pass in those days, that there went out a decree, and the
 
 def test_it_is_small_and_has_a_card() -> None:
     sizes = {file.name: file.stat().st_size for file in EMBEDDED_MODEL.iterdir() if file.is_file()}
+    assert sizes.pop("predictor.safetensors") <= 2_000_000
     assert sum(sizes.values()) <= 16_000_000
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= sizes.keys()
 
@@ -39,17 +40,11 @@ def test_it_has_learned_something() -> None:
     assert losses.item() / 0.693 / len(TEXT) < 2.0
 
 
-def test_no_expert_is_dead(monkeypatch: object) -> None:
+def test_no_expert_is_dead() -> None:
     llm = LLM(device="cpu")
     assert llm.tokenizer is not None
     seen = [set() for _ in llm.config.moe_layers]
-    experts = llm.policy.experts
-
-    def spy(index: int, h: torch.Tensor, routing: object) -> torch.Tensor:
-        seen[index].update(routing.experts.flatten().tolist())  # type: ignore[attr-defined]
-        return experts(index, h, routing)  # type: ignore[arg-type]
-
-    llm.policy.experts = spy  # type: ignore[method-assign]
+    llm.policy.observer = lambda index, h, routing: seen[index].update(routing.experts.flatten().tolist())
     for text in (TEXT, "def read(path):\n    return open(path).read()", "static int main(void) {", "NOUN. a kind of"):
         llm.generate(text, SamplingParams(max_new_tokens=48, temperature=1.0, seed=3))
     assert all(len(used) >= 0.9 * llm.config.num_experts for used in seen)

@@ -22,10 +22,9 @@ Forecast = list[list[Tensor]]
 
 SEED = 0
 EPOCHS = 8
-MAX_STEPS = 4000  # so that a large trace takes no longer than minutes
+MAX_STEPS = 6000  # so that a large trace takes no longer than minutes
 BATCH = 512  # tokens
-LEARNING_RATE = 4e-3
-LEARNED_RANK = 320
+LEARNING_RATE = 3e-3
 HISTORY_RANK = 256
 
 HELD_OUT = 5  # of one trace every fifth request is held out
@@ -102,7 +101,7 @@ def one_hot(experts: Tensor, num_experts: int) -> Tensor:
 # --- Training
 
 
-def train_learned(model: Model, trace: Trace, quiet: bool) -> dict[str, Tensor]:
+def train_learned(model: Model, trace: Trace, rank: int, quiet: bool) -> dict[str, Tensor]:
     """Train the correction of a `LearnedPredictor`, to agree with the true routers' probabilities.
 
     The loss is the cross entropy between the softmax of a later router's own logits and that of the predicted ones,
@@ -117,9 +116,9 @@ def train_learned(model: Model, trace: Trace, quiet: bool) -> dict[str, Tensor]:
     layers, experts = len(c.moe_layers), c.num_experts
     draw = torch.Generator().manual_seed(SEED)
     weights = {
-        "down": torch.randn(layers, LEARNED_RANK, c.hidden_size, generator=draw) / c.hidden_size**0.5,
-        "down_bias": torch.zeros(layers, LEARNED_RANK),
-        "up": torch.zeros(layers, HORIZON, experts, LEARNED_RANK),
+        "down": torch.randn(layers, rank, c.hidden_size, generator=draw) / c.hidden_size**0.5,
+        "down_bias": torch.zeros(layers, rank),
+        "up": torch.zeros(layers, HORIZON, experts, rank),
         "up_bias": torch.zeros(layers, HORIZON, experts),
     }
 

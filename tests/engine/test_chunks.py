@@ -44,7 +44,8 @@ def test_chunks_give_the_logits_of_transformers(
     monkeypatch.setattr(chunks.cut, "__defaults__", (size,))
     if overrides:
         overrides = overrides | {"max_position_embeddings": 32}  # so that the prompt stretches the angles
-    model = tiny("qwen3_moe", **overrides)
+    # A seed of its own: what a long prompt did to transformers' dynamic angles, it keeps for shorter ones.
+    model = tiny("qwen3_moe", seed=1, **overrides)
     llm = LLM(model.path, device="cpu")
     prompt = prompt_of(60 if overrides else 130)
     torch.testing.assert_close(llm.logits(prompt), model.logits(prompt), atol=1e-4, rtol=0)

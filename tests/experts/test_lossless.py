@@ -12,9 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from duomoe import LLM, SamplingParams
-from duomoe.experts.link import Copy, HostLink, LinkError
+from duomoe.experts.decode import Decode
+from duomoe.experts.link import Copy, HostLink, LinkError, Pace
 from duomoe.experts.policies import BOUNDED
 from duomoe.experts.policies.cached import CachedPolicy
+from duomoe.experts.predictor import Predictor
 
 POISON = 0xFF  # bytes that are NaN in every float type
 
@@ -66,9 +68,11 @@ class Adversary(HostLink):
         super().__init__()
         self.random = random.Random(0)
         self.fail_in = -1  # copies until one fails
+        self.known: set[Copy] = set()
 
     def _queue(self, copy: Copy, queue: deque[Copy]) -> Copy:
-        if copy.moved == 0:
+        if copy not in self.known:  # a copy may be queued again, when a part of it is there
+            self.known.add(copy)
             copy.slot.fill_(POISON)
         return super()._queue(copy, queue)
 
@@ -188,3 +192,57 @@ def test_on_demand_moves_what_was_routed_and_nothing_else(
     traffic = llm.generate(prompt_of(30), SamplingParams(max_new_tokens=4))[0].metrics.experts
     assert traffic.misses == sum(routed) and traffic.hits == 0
     assert traffic.demand_bytes == sum(routed) * llm.policy.residency.pool.rows.shape[1] == traffic.link_bytes
+
+
+class Wrong(Predictor):
+    """Is certain of experts drawn at random, also of some that no layer has room for."""
+
+    def __init__(self, llm: LLM) -> None:
+        config = llm.config
+        layers = len(config.moe_layers)
+        super().__init__(llm.engine.model, torch.ones(3, layers, config.num_experts))
+        self.random = torch.Generator().manual_seed(0)
+
+    @classmethod
+    def of_tensors(cls, model: Any, tensors: Any) -> "Wrong":
+        raise NotImplementedError
+
+    def predict(self, index: int, h: torch.Tensor, routing: Any) -> list[torch.Tensor]:
+        shape = (min(3, self.layers - 1 - index), len(h), self.num_experts)
+        return list(torch.rand(shape, generator=self.random).argsort(-1).to(torch.int32))
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 7, 12, 23])
+@pytest.mark.parametrize("link", [HostLink, Adversary, lambda: HostLink(Pace(bandwidth=2e7, latency=1e-5))])
+def test_no_predictor_changes_a_result(
+    link: Callable[[], HostLink],
+    slots: int,
+    tiny: Callable[..., Any],
+    prompt_of: Callable[..., list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tiny("qwen3_moe").path
+    whole = LLM(path, device="cpu")
+    llm = LLM(path, device="cpu", policy="duo", expert_memory=slots * row_bytes(whole))
+    monkeypatch.setattr("duomoe.experts.decode.SENT_AHEAD", 3)
+    policy = llm.policy
+    policy.decoder = Decode(policy.directory, policy.residency.pool, policy.decoder.fetcher, True, Wrong(llm))
+    connect(llm, other := link())
+    params = SamplingParams(max_new_tokens=12, temperature=0.7, seed=3)
+    for lengths in ((20,), (3, 17, 1), (1,)):
+        prompts = [prompt_of(length, seed=length) for length in lengths]
+        found = llm.generate(prompts, params)
+        assert [c.token_ids for c in found] == [c.token_ids for c in whole.generate(prompts, params)]
+    traffic = policy.traffic_so_far()
+    assert traffic.prefetched_bytes > 0 and traffic.prefetch_used_bytes <= traffic.prefetched_bytes
+    other.close()
+
+
+@pytest.mark.parametrize("predictor", [None, "gate", "none"])
+def test_every_predictor_of_the_embedded_model_gives_the_same_text(predictor: str | None) -> None:
+    params = SamplingParams(max_new_tokens=8)
+    whole = LLM(device="cpu").generate("The sea", params)[0]
+    llm = LLM(device="cpu", policy="duo", expert_memory="15%", predictor=predictor)
+    found = llm.generate("The sea", params)[0]
+    assert found.token_ids == whole.token_ids
+    assert (found.metrics.experts.prefetched_bytes > 0) == (predictor != "none")
