@@ -36,6 +36,10 @@ TYPICAL_RELIABILITY = (
 SHARE_RATE = 1 / 2**RATE
 SHARE_EPS = 1e-3
 
+# Of what is expected of an expert, so much is its share, the rest the forecast of the next step: a slot is worth
+# keeping for the steps after the next, too. On the embedded model neither alone is as good (docs/measurements.md).
+SHARE_WEIGHT = 0.5
+
 
 class Predictor(ABC):
     """Says at each MoE layer of a decode step which experts the next layers are likely to need.
@@ -84,7 +88,7 @@ class Predictor(ABC):
             expected in layer index + ahead, likeliest first. Empty at the last layer.
         """
 
-    def start(self, use: Tensor) -> None:
+    def start(self, use: Tensor) -> None:  # noqa: B027  # who remembers nothing has nothing to do
         """Begin a decode with what the prefill saw.
 
         Args:
@@ -92,7 +96,7 @@ class Predictor(ABC):
         """
 
     def next_use(self, index: int, h: Tensor, routing: Routing) -> Tensor | None:
-        """Forecast which experts of the same layer the next step will need; None from who does not forecast.
+        """Forecast which experts of the same layer the coming steps will need; None from who does not forecast.
 
         Called once for each MoE layer of a decode step, in ascending order.
 
@@ -102,7 +106,8 @@ class Predictor(ABC):
             routing: its choice; only the experts count, which are -1 for padding.
 
         Returns:
-            int32 [experts], in how many of `ONE` cases the expert is needed by any of the tokens' successors.
+            int32 [experts], in how many of `ONE` steps the expert is needed by any of the sequences; the next step
+            counts most.
         """
         return None
 
@@ -157,7 +162,8 @@ class LearnedPredictor(GatePredictor):
 
     That a token's successor chooses an expert of the same layer again is forecast with the logit
     again @ h + again_share * logit(share) + again_chosen * (1 if the token chose it, else 0) + again_bias,
-    where `share` is the part of the tokens that chose the expert: of the prefill's, and then a moving average.
+    where `share` is the part of the tokens that chose the expert: of the prefill's, and then a moving average. What is
+    expected of the coming steps is the mean of that probability and the share.
 
     Args:
         model: whose experts are predicted.
@@ -183,9 +189,12 @@ class LearnedPredictor(GatePredictor):
         self.again = _by_layer(model, tensors["again"])
         # Float32 where nothing is gained from less; a share would not even move by small steps.
         self.again_share, self.again_chosen, self.again_bias = (
-            tensors[f"again_{name}"].to(model.device, torch.float32) for name in ("share", "chosen", "bias")
+            tensors[f"again_{name}"].to(model.device, torch.float32).unbind(0) for name in ("share", "chosen", "bias")
         )
-        self.share = torch.full_like(self.again_share, model.config.top_k / self.num_experts)
+        self.share = torch.full(
+            (self.layers, self.num_experts), model.config.top_k / self.num_experts, device=model.device
+        )
+        self._shares = self.share.unbind(0)
         self._numbers = torch.arange(self.num_experts, dtype=torch.int32, device=model.device)
 
     @classmethod
@@ -207,8 +216,8 @@ class LearnedPredictor(GatePredictor):
         self.share /= ONE
 
     def next_use(self, index: int, h: Tensor, routing: Routing) -> Tensor:
-        """Forecast the next step by the formula above; see `Predictor.next_use`."""
-        share, top_k = self.share[index], routing.experts.shape[1]
+        """Forecast by the formulas above; see `Predictor.next_use`."""
+        share, top_k = self._shares[index], routing.experts.shape[1]
         chosen = (routing.experts[:, :, None] == self._numbers).sum(1, dtype=torch.float32)  # none by padding
         count = chosen.sum(0)
         pairs = count.sum()  # top_k for each token
@@ -216,10 +225,10 @@ class LearnedPredictor(GatePredictor):
         share.addcdiv_(news, pairs.clamp(min=1), value=top_k * SHARE_RATE)
 
         known = torch.addcmul(self.again_bias[index], self.again_share[index], share.logit(SHARE_EPS))
-        logits = torch.addcmul(known, chosen, self.again_chosen[index]) + F.linear(h, self.again[index])
-        # The chance that no token needs it is the product of 1 - sigmoid(logit), that is of exp(-softplus(logit)).
-        surprise = F.softplus(logits).masked_fill(routing.experts[:, :1] < 0, 0).sum(0)
-        return (torch.expm1(-surprise) * -ONE).int()
+        known = torch.addcmul(known, chosen, self.again_chosen[index])
+        need = torch.addmm(known.to(h.dtype), h, self.again[index].t()).sigmoid().float().lerp(share, SHARE_WEIGHT)
+        unneeded = (1 - need).masked_fill(routing.experts[:, :1] < 0, 1).prod(0)
+        return torch.rsub(unneeded, ONE, alpha=ONE).int()
 
 
 class HistoryPredictor(Predictor):

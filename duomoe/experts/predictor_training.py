@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from duomoe.errors import InputError
 from duomoe.experts.predictor import HORIZON, SHARE_EPS, SHARE_RATE, Predictor
+from duomoe.experts.replay import Rule, decodes_of, forecasts, replay
 from duomoe.experts.trace import Trace
 from duomoe.models import Model, Routing
 
@@ -29,6 +30,8 @@ WEIGHT_DECAY = 0.01
 AGAIN_WEIGHT_DECAY = 0.1
 LEARNED_RANK = 320
 HISTORY_RANK = 256
+
+SLOT_SHARES = (0.1, 0.15, 0.25, 0.5)  # of all experts, for hit rates
 
 HELD_OUT = 5  # of one trace every fifth request is held out
 
@@ -138,10 +141,10 @@ def train_learned(model: Model, trace: Trace, quiet: bool) -> dict[str, Tensor]:
         return total
 
     _descend(weights, loss, torch.arange(len(hidden)), draw, quiet)
-    return weights | _train_again(model, trace, draw, quiet)
+    return weights | _train_again(trace, quiet)
 
 
-def _train_again(model: Model, trace: Trace, draw: torch.Generator, quiet: bool) -> dict[str, Tensor]:
+def _train_again(trace: Trace, quiet: bool) -> dict[str, Tensor]:
     """Train the forecast of a `LearnedPredictor`: binary cross entropy with what a request's next token chose.
 
     Inputs are scaled to unit variance, so that one rate of weight decay suits all; the result is for those unscaled.
@@ -165,6 +168,7 @@ def _train_again(model: Model, trace: Trace, draw: torch.Generator, quiet: bool)
         logits = logits + weights["again_share"][:, None] * share + weights["again_chosen"][:, None] * chosen
         return F.binary_cross_entropy_with_logits(logits, then, reduction="none").sum(-1).mean(1).sum()
 
+    draw = torch.Generator().manual_seed(SEED)
     followed = (trace.request[1:] == trace.request[:-1]).nonzero().squeeze(1)
     _descend(weights, loss, followed, draw, quiet, AGAIN_WEIGHT_DECAY)
     return weights | {"again": weights["again"] / scale}
@@ -418,6 +422,21 @@ def _each_layer(layers: int, named: Callable[[int, int], Tensor]) -> Forecast:
 def _rank(scores: Tensor, width: int) -> Tensor:
     """Return the best `width` of each row's last dimension, of equals the lower number first."""
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :width]
+
+
+def hit_rates(predictor: Predictor, trace: Trace, dtype: torch.dtype) -> Iterator[str]:
+    """Yield the lines of a table: the hit rates of decode by the rule that chooses victims, and the predictor's."""
+    decodes = decodes_of(trace)
+    layers, top_k = trace.experts.shape[1:]
+    experts, needed = layers * trace.num_experts, sum(decodes.steps) * layers * top_k
+    forecast = forecasts(predictor, decodes, dtype)
+    rules: list[Rule] = ["lru", "average", "belady"] if forecast is None else ["lru", "average", "forecast", "belady"]
+    yield "slots  " + f"{'of experts':16}" + "".join(f"{rule:>11}" for rule in rules)
+    for share in SLOT_SHARES:
+        slots = max(top_k, round(share * experts))
+        rates = [replay(decodes, slots, rule, forecast) / needed for rule in rules]
+        yield f"{slots:<7}{share:<16.0%}" + "".join(f"{100 * rate:10.1f}%" for rate in rates)
+    yield "hit rates of decode, each request in slots of its own, and nothing sent ahead"
 
 
 def table(scores: dict[str, Scores]) -> Iterator[str]:

@@ -89,7 +89,7 @@ def replay(decodes: Decodes, num_slots: int, rule: Rule, forecast: Tensor | None
             use (`average`) or by a forecast, or that is really needed last (`belady`, which no rule can beat).
         forecast: see `forecasts`.
     """
-    requests, steps, layers, top_k = decodes.experts.shape
+    steps, layers, top_k = decodes.experts.shape[1:]
     num_experts = decodes.use.shape[2]
     experts = (decodes.experts + num_experts * torch.arange(layers)[:, None]).sort(-1).values
     use = decodes.use.flatten(1).clone()
@@ -139,9 +139,9 @@ def replay(decodes: Decodes, num_slots: int, rule: Rule, forecast: Tensor | None
 
 
 def _next_needed(decodes: Decodes, num_experts: int) -> Tensor:
-    """Return the first step, from each step on, in which each expert is needed: [requests, steps + 1, layers * experts].
+    """Return the first step, from each step on, in which each expert is needed; the number of steps where none is.
 
-    The number of steps where there is none.
+    It is [requests, steps + 1, layers * experts].
     """
     requests, steps, layers, _ = decodes.experts.shape
     found = torch.full((requests, steps + 1, layers, num_experts), steps)
