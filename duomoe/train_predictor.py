@@ -13,6 +13,8 @@ from duomoe.errors import InputError
 if TYPE_CHECKING:
     from duomoe.models import Model
 
+MAX_RANK = 8192
+
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line's grammar."""
@@ -30,6 +32,9 @@ def parser() -> argparse.ArgumentParser:
         help="history: from earlier choices; gate: the next layers' routers, needs no training, only measuring; "
         "learned: the gate plus a trained correction. The last two need a trace with --hidden",
     )
+    p.add_argument(
+        "--rank", type=int, default=320, metavar="R", help="of learned's correction: more is better and larger (320)"
+    )
     p.add_argument("--out", metavar="FILE", required=True, help="the predictor's file to write")
     return p
 
@@ -43,6 +48,8 @@ def _train(args: argparse.Namespace) -> None:
     out = Path(args.out)
     if not out.parent.is_dir():
         raise InputError(f"--out: {out.parent} is not a folder")
+    if not 1 <= args.rank <= MAX_RANK:
+        raise InputError(f"--rank: {args.rank} is not from 1 to {MAX_RANK}")
 
     import torch
 
@@ -67,7 +74,7 @@ def _train(args: argparse.Namespace) -> None:
     if args.kind == "history":
         tensors = training.train_history(model, train, quiet)
     elif args.kind == "learned":
-        tensors = training.train_learned(model, train, quiet)
+        tensors = training.train_learned(model, train, args.rank, quiet)
     # Measured as it will be used: rounded as it is stored, and by its own code.
     tensors = {name: tensor.bfloat16() for name, tensor in tensors.items()}
     tensors["reliability"] = torch.zeros(HORIZON, layers, width)

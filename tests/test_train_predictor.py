@@ -196,8 +196,9 @@ def test_training_is_repeatable(trace: Path, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(training, "EPOCHS", 1)
     for name in ("a", "b"):
         torch.manual_seed(ord(name))  # of no account
-        assert train(kind, trace, tmp_path / name) == 0
+        assert train(kind, trace, tmp_path / name, "--rank", "7") == 0
     (one, _), (other, _) = (load_tensors(tmp_path / name, "a predictor") for name in ("a", "b"))
+    assert kind == "history" or one["down"].shape == (8, 7, 224)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -238,6 +239,8 @@ def test_bad_input(
     refused(capsys, "is not a folder", *good, "--out", str(tmp_path / "no" / "p"))
     refused(capsys, "no such folder", *good, *out, "--model", str(tmp_path / "no"))
     refused(capsys, "cannot be read as a trace", "--trace", str(tmp_path / "no"), "--kind", "gate", *out)
+    for rank in ("0", "-3", "100000", "many"):
+        refused(capsys, "--rank", "--trace", str(trace), "--kind", "learned", "--rank", rank, *out)
     refused(capsys, "--kind", "--trace", str(trace), "--kind", "oracle", *out)
     refused(capsys, "cannot be written", *good, "--out", str(tmp_path))
     plain = record(embedded, ["The sea"], tmp_path / "plain", hidden=False, new=3)

@@ -23,12 +23,11 @@ Forecast = list[list[Tensor]]
 
 SEED = 0
 EPOCHS = 8
-MAX_STEPS = 4000  # so that a large trace takes no longer than minutes
+MAX_STEPS = 6000  # so that a large trace takes no longer than minutes
 BATCH = 512  # tokens
-LEARNING_RATE = 4e-3
+LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 0.01
 AGAIN_WEIGHT_DECAY = 0.1
-LEARNED_RANK = 320
 HISTORY_RANK = 256
 
 SLOT_SHARES = (0.1, 0.15, 0.25, 0.5)  # of all experts, for hit rates
@@ -107,7 +106,7 @@ def one_hot(experts: Tensor, num_experts: int) -> Tensor:
 # --- Training
 
 
-def train_learned(model: Model, trace: Trace, quiet: bool) -> dict[str, Tensor]:
+def train_learned(model: Model, trace: Trace, rank: int, quiet: bool) -> dict[str, Tensor]:
     """Train the correction of a `LearnedPredictor`, to agree with the true routers' probabilities.
 
     The loss is the cross entropy between the softmax of a later router's own logits and that of the predicted ones,
@@ -122,9 +121,9 @@ def train_learned(model: Model, trace: Trace, quiet: bool) -> dict[str, Tensor]:
     layers, experts = len(c.moe_layers), c.num_experts
     draw = torch.Generator().manual_seed(SEED)
     weights = {
-        "down": torch.randn(layers, LEARNED_RANK, c.hidden_size, generator=draw) / c.hidden_size**0.5,
-        "down_bias": torch.zeros(layers, LEARNED_RANK),
-        "up": torch.zeros(layers, HORIZON, experts, LEARNED_RANK),
+        "down": torch.randn(layers, rank, c.hidden_size, generator=draw) / c.hidden_size**0.5,
+        "down_bias": torch.zeros(layers, rank),
+        "up": torch.zeros(layers, HORIZON, experts, rank),
         "up_bias": torch.zeros(layers, HORIZON, experts),
     }
 

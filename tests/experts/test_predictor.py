@@ -102,8 +102,8 @@ def expected(kind: str, model: Model, token: list[tuple[Tensor, list[int]]], ind
 def test_predictions_are_those_of_the_formula(model: Model, kind: str) -> None:
     predictor = make(model, kind)
     assert (predictor.horizon, predictor.width) == (HORIZON, WIDTH)
-    # The second step must not remember the first, and may have another number of tokens.
-    for tokens, seed in ((3, 0), (1, 1)):
+    # A step must not remember the one before, and may have another number of tokens.
+    for tokens, seed in ((3, 0), (1, 1), (1, 2)):
         inputs = step(tokens, seed)
         for index, (h, routing) in enumerate(inputs):
             named = predictor.predict(index, h, routing)

@@ -19,8 +19,8 @@ TEXTS = (
     "The ferry left the island before noon, and nobody on the quay could say why the captain was in such haste. "
     "Two women waved. The gulls went after it as far as the lighthouse, and then turned back.",
     "def moving_median(values, window):\n    ordered = sorted(values[:window])\n    for at in range(window):",
-    "Members of the committee, the year that lies behind us has asked much of our harbours and of our roads, and",
-    "static int read_block(struct device *dev, unsigned long sector, void *buffer)\n{\n\tint err = 0;\n\n\tif (!buffer)",
+    "Members of the committee, the year that lies behind us has asked much of our harbours and roads, and",
+    "static int read_block(struct device *dev, unsigned long sector, void *buffer)\n{\n\tint err;\n\n\tif (!buffer)",
     "The option sets how many connections the server keeps open while it is idle. The default is eight. If the value",
     "Enter two servants with a table.\nFIRST SERVANT. Where is the key? I had it but this morning.\nSECOND SERVANT.",
 )
