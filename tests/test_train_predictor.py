@@ -217,7 +217,7 @@ def test_a_predictor_beats_the_controls_and_can_be_used(
     assert rows[2].split()[:3] == ["64", "25%", f"{100 * hits:.1f}%"]
     for row in rows:
         rates = [float(rate.rstrip("%")) for rate in row.split()[2:]]
-        assert len(rates) == len(rules) and max(rates) == rates[-1] and min(rates) == rates[0]
+        assert len(rates) == len(rules) and max(rates) == rates[-1]
     assert len(rows) == 4
 
 
