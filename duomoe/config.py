@@ -97,13 +97,14 @@ class EngineConfig:
         return Path(self.predictor)
 
     def predictor_bytes(self, folder: ModelFolder, dtype: torch.dtype) -> int:
-        """Return how much memory a predictor's weights take at most."""
+        """Return how much memory a predictor's weights and state take at most."""
         if self.predictor == "none":
             return 0
         file, model = self.predictor_file(folder), folder.config
-        routers = len(model.moe_layers) * model.num_experts * model.hidden_size * dtype.itemsize
-        # A file may hold numbers of 2 bytes that become 4.
-        return routers + (0 if file is None else file.stat().st_size * max(1, dtype.itemsize // 2))
+        experts = len(model.moe_layers) * model.num_experts
+        routers = experts * model.hidden_size * dtype.itemsize
+        # A file may hold numbers of 2 bytes that become 4. Four numbers for each expert are float32 in any case.
+        return routers + (0 if file is None else file.stat().st_size * max(1, dtype.itemsize // 2) + experts * 16)
 
     def plan(self, model: ModelFolder | str | os.PathLike[str] | None = None) -> Plan:
         """Return how the device's memory will be divided; reads no weights and allocates nothing.

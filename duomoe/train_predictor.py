@@ -77,7 +77,8 @@ def _train(args: argparse.Namespace) -> None:
     # Measured as it will be used: rounded as it is stored, and by its own code.
     tensors = {name: tensor.bfloat16() for name, tensor in tensors.items()}
     tensors["reliability"] = torch.zeros(HORIZON, layers, width)
-    forecast = training.foresee(KINDS[args.kind].of_tensors(model, tensors), held_out, model.dtype)
+    predictor = KINDS[args.kind].of_tensors(model, tensors)
+    forecast = training.foresee(predictor, held_out, model.dtype)
     scores = {args.kind: training.measure(forecast, held_out)}
     others = {
         "moe-infinity": training.moe_infinity(train, held_out, width),
@@ -88,7 +89,8 @@ def _train(args: argparse.Namespace) -> None:
     scores |= {name: training.measure(other, held_out) for name, other in others.items()}
     tensors["reliability"] = scores[args.kind].precision
     save_predictor(out, args.kind, fingerprint, tensors)
-    write("\n".join(training.table(scores)) + "\n")
+    rates = training.hit_rates(predictor, held_out, model.dtype)
+    write("\n".join([*training.table(scores), "", *rates]) + "\n")
     say(f"{len(train.experts)} tokens to train on, measured on {int(held_out.decode.sum())} decode tokens, {out}")
 
 

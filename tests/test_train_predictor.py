@@ -12,6 +12,7 @@ import torch
 from duomoe import LLM, SamplingParams
 from duomoe.experts import predictor_training as training
 from duomoe.experts.predictor import GatePredictor, load_predictor
+from duomoe.experts.replay import decodes_of, replay
 from duomoe.experts.tensor_file import load_tensors
 from duomoe.experts.trace import Recorder, Trace
 from duomoe.llm import EMBEDDED_MODEL
@@ -69,6 +70,24 @@ def test_every_fifth_request_is_held_out() -> None:
     assert sorted(set(train.request.tolist())) == [0, 1, 2, 3, 5, 6, 7, 8, 10]
     assert sorted(set(held_out.request.tolist())) == [4, 9]
     assert len(train.experts) == len(train.decode) == 36 and len(held_out.position) == 8
+
+
+def test_shares_are_those_that_decode_goes_by() -> None:
+    trace = random_trace(requests=3, length=40, prompt=4)
+    shares = training.shares(trace)
+    for request in range(3):
+        for layer in range(LAYERS):
+            for expert in range(EXPERTS):
+                share = 0.0
+                for position in range(40):
+                    token = request * 40 + position
+                    chosen = expert in trace.experts[token, layer].tolist()
+                    if position < 4:
+                        before = trace.experts[request * 40 : token + 1, layer]
+                        share = (int((before == expert).sum()) + 1) / (position + 1 + EXPERTS / TOP_K)
+                    else:
+                        share += (chosen - share) / 32
+                    assert shares[token, layer, expert].item() == pytest.approx(share, abs=1e-3)
 
 
 def counts(trace: Trace, layer: int) -> list[int]:
@@ -189,6 +208,17 @@ def test_a_predictor_beats_the_controls_and_can_be_used(
     assert torch.allclose(scores.precision, predictor.reliability)
     assert [100 * value for value in scores.means(1)] == pytest.approx(mine[0], abs=0.06)
     assert [path.name for path in tmp_path.iterdir()] == ["p"]
+
+    header, *rows, _ = output.split("\n\n")[2].splitlines()
+    rules = ["lru", "average", "forecast", "belady"] if kind == "learned" else ["lru", "average", "belady"]
+    assert header.split()[3:] == rules
+    decodes = decodes_of(held_out)
+    hits = replay(decodes, 64, "lru") / (sum(decodes.steps) * 8 * 4)
+    assert rows[2].split()[:3] == ["64", "25%", f"{100 * hits:.1f}%"]
+    for row in rows:
+        rates = [float(rate.rstrip("%")) for rate in row.split()[2:]]
+        assert len(rates) == len(rules) and max(rates) == rates[-1]
+    assert len(rows) == 4
 
 
 @pytest.mark.parametrize("kind", ["history", "learned"])

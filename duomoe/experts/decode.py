@@ -3,7 +3,8 @@
 All is decided on the device, so that the host never waits within a step. For each layer `admit` looks the routed
 experts up, gives slots to those that lack one, and lists what to copy; the fetcher copies while the experts that are
 there compute; and a predictor names the experts of the layers to come. Those that are absent are sent ahead in the
-time in which the link would be idle, that is until the next `admit`.
+time in which the link would be idle, that is until the next `admit`. Where it also forecasts which experts the layer
+needs in the next step, slots are given away by that and not by the average that `admit` keeps.
 
 A step that needs more experts than there are slots runs in waves; their number is known from shapes.
 """
@@ -73,6 +74,12 @@ class Decode:
         worth = [] if predictor is None else (predictor.reliability >= WORTH_SENDING).int().cumprod(-1).sum(-1).tolist()
         self._trusted: list[list[int]] = worth
 
+    def start(self, use: Tensor) -> None:
+        """Begin after a prefill, with what it needed: int32 [layers, experts], as in `Directory.use`."""
+        self.directory.use.copy_(use)
+        if self.predictor is not None:
+            self.predictor.start(use)
+
     def run(self, total: LayerSum, index: int, h: Tensor, routing: Routing) -> None:
         """Compute the experts of one layer, [tokens, hidden] and their routing, into its sum."""
         state, slots = self.directory, len(self.pool)
@@ -89,7 +96,7 @@ class Decode:
             self.fetcher.fetch(demand.misses)
             if wave == waves - 1:
                 with self._beside():
-                    self._look_ahead(index, h, routing)
+                    self._send_ahead(index, self._ask(index, h, routing))
             total.wave(self.pool.views, demand.slots[0])
             self.fetcher.join()
             total.wave(self.pool.views, demand.slots[1])
@@ -103,17 +110,28 @@ class Decode:
         self._side.wait_stream(torch.cuda.current_stream())
         return torch.cuda.stream(self._side)
 
-    def _look_ahead(self, index: int, h: Tensor, routing: Routing) -> None:
-        """Send ahead what the predictor expects the next layers to need, the likeliest of the nearest layer first."""
+    def _ask(self, index: int, h: Tensor, routing: Routing) -> list[Tensor]:
+        """Ask the predictor what the layer will need in the next step, for the directory, and what the next layers do.
+
+        Returns:
+            The experts worth sending ahead, flat numbers or -1 for padding, those of the nearest layer first.
+        """
         if self.predictor is None:
-            return
+            return []
+        use = self.predictor.next_use(index, h, routing)
+        if use is not None:
+            self.directory.use[index].copy_(use)
         padding = routing.experts[:, 0] < 0
         routing = routing._replace(experts=routing.experts.clamp(min=0))  # what padding chose is ignored in the end
         candidates = []
         for distance, experts in enumerate(self.predictor.predict(index, h, routing), start=1):
             trusted = experts[:, : self._trusted[distance - 1][index]]
             numbers = (trusted + (index + distance) * self.num_experts).masked_fill(padding[:, None], -1)
-            candidates.append(numbers.t().flatten())
+            candidates.append(numbers.t().flatten())  # the likeliest of all tokens first
+        return candidates
+
+    def _send_ahead(self, index: int, candidates: list[Tensor]) -> None:
+        """Give slots to what is worth sending ahead, as far as the limit goes, and send it."""
         width = sum(map(len, candidates))
         if width == 0:
             return

@@ -16,6 +16,7 @@ from torch import Tensor
 from duomoe.errors import InputError
 from duomoe.experts.tensor_file import load_tensors, save_tensors
 from duomoe.kernels import route
+from duomoe.kernels.admit import ONE, RATE
 from duomoe.models import Model, ModelConfig, Routing
 
 FORMAT = "duomoe-predictor-1"
@@ -29,6 +30,15 @@ TYPICAL_RELIABILITY = (
     (0.92, 0.80, 0.64, 0.46, 0.30, 0.22),
     (0.86, 0.72, 0.57, 0.41, 0.30, 0.22),
 )
+
+# A step moves the share of tokens that choose an expert by so much of the way, and a share is kept this far from 0 and
+# 1, where its logit would be infinite.
+SHARE_RATE = 1 / 2**RATE
+SHARE_EPS = 1e-3
+
+# Of what is expected of an expert, so much is its share, the rest the forecast of the next step: a slot is worth
+# keeping for the steps after the next, too. On the embedded model neither alone is as good (docs/measurements.md).
+SHARE_WEIGHT = 0.5
 
 
 class Predictor(ABC):
@@ -77,6 +87,29 @@ class Predictor(ABC):
             For ahead = 1, 2, … up to the horizon or the last layer: int32 [tokens, width], contiguous, the experts
             expected in layer index + ahead, likeliest first. Empty at the last layer.
         """
+
+    def start(self, use: Tensor) -> None:  # noqa: B027  # who remembers nothing has nothing to do
+        """Begin a decode with what the prefill saw.
+
+        Args:
+            use: int32 [layers, experts], in how many of `ONE` (kernels/admit.py) of its tokens each expert was needed.
+        """
+
+    def next_use(self, index: int, h: Tensor, routing: Routing) -> Tensor | None:
+        """Forecast which experts of the same layer the coming steps will need; None from who does not forecast.
+
+        Called once for each MoE layer of a decode step, in ascending order.
+
+        Args:
+            index: the MoE layer.
+            h: [tokens, hidden], its router's input.
+            routing: its choice; only the experts count, which are -1 for padding.
+
+        Returns:
+            int32 [experts], in how many of `ONE` steps the expert is needed by any of the sequences; the next step
+            counts most.
+        """
+        return None
 
     def _next_layers(self, model: Model, weights: Tensor) -> list[Tensor]:
         """Return for each layer what concerns the layers it can look ahead to, of [layers, horizon, experts, …].
@@ -127,6 +160,11 @@ class LearnedPredictor(GatePredictor):
 
     The next routers' logits are corrected by up @ silu(down @ h + down_bias) + up_bias.
 
+    That a token's successor chooses an expert of the same layer again is forecast with the logit
+    again @ h + again_share * logit(share) + again_chosen * (1 if the token chose it, else 0) + again_bias,
+    where `share` is the part of the tokens that chose the expert: of the prefill's, and then a moving average. What is
+    expected of the coming steps is the mean of that probability and the share.
+
     Args:
         model: whose experts are predicted.
         tensors: of `SHAPES`.
@@ -138,12 +176,26 @@ class LearnedPredictor(GatePredictor):
         "down_bias": ("layers", "rank"),
         "up": ("layers", "horizon", "experts", "rank"),
         "up_bias": ("layers", "horizon", "experts"),
+        "again": ("layers", "experts", "hidden"),
+        "again_share": ("layers", "experts"),
+        "again_chosen": ("layers", "experts"),
+        "again_bias": ("layers", "experts"),
     }
 
     def __init__(self, model: Model, tensors: Mapping[str, Tensor]) -> None:
         super().__init__(model, tensors["reliability"])
         self.down, self.down_bias = (_by_layer(model, tensors[name]) for name in ("down", "down_bias"))
         self.up, self.up_bias = (self._next_layers(model, tensors[name]) for name in ("up", "up_bias"))
+        self.again = _by_layer(model, tensors["again"])
+        # Float32 where nothing is gained from less; a share would not even move by small steps.
+        self.again_share, self.again_chosen, self.again_bias = (
+            tensors[f"again_{name}"].to(model.device, torch.float32).unbind(0) for name in ("share", "chosen", "bias")
+        )
+        self.share = torch.full(
+            (self.layers, self.num_experts), model.config.top_k / self.num_experts, device=model.device
+        )
+        self._shares = self.share.unbind(0)
+        self._numbers = torch.arange(self.num_experts, dtype=torch.int32, device=model.device)
 
     @classmethod
     def of_tensors(cls, model: Model, tensors: Mapping[str, Tensor]) -> "LearnedPredictor":
@@ -157,6 +209,26 @@ class LearnedPredictor(GatePredictor):
         state = F.silu(F.linear(h, self.down[index], self.down_bias[index]))
         gate = F.linear(h, self.routers[index], self.up_bias[index])
         return self._ranked(torch.addmm(gate, state, self.up[index].t()))
+
+    def start(self, use: Tensor) -> None:
+        """Take the share of the prefill's tokens; see `Predictor.start`."""
+        self.share.copy_(use)
+        self.share /= ONE
+
+    def next_use(self, index: int, h: Tensor, routing: Routing) -> Tensor:
+        """Forecast by the formulas above; see `Predictor.next_use`."""
+        share, top_k = self._shares[index], routing.experts.shape[1]
+        chosen = (routing.experts[:, :, None] == self._numbers).sum(1, dtype=torch.float32)  # none by padding
+        count = chosen.sum(0)
+        pairs = count.sum()  # top_k for each token
+        news = torch.addcmul(count, share, pairs, value=-1 / top_k)  # for each token, its choice less the share
+        share.addcdiv_(news, pairs.clamp(min=1), value=top_k * SHARE_RATE)
+
+        known = torch.addcmul(self.again_bias[index], self.again_share[index], share.logit(SHARE_EPS))
+        known = torch.addcmul(known, chosen, self.again_chosen[index])
+        need = torch.addmm(known.to(h.dtype), h, self.again[index].t()).sigmoid().float().lerp(share, SHARE_WEIGHT)
+        unneeded = (1 - need).masked_fill(routing.experts[:, :1] < 0, 1).prod(0)
+        return torch.rsub(unneeded, ONE, alpha=ONE).int()
 
 
 class HistoryPredictor(Predictor):

@@ -14,7 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from duomoe.errors import InputError
-from duomoe.experts.predictor import HORIZON, Predictor
+from duomoe.experts.predictor import HORIZON, SHARE_EPS, SHARE_RATE, Predictor
+from duomoe.experts.replay import Rule, decodes_of, forecasts, replay
 from duomoe.experts.trace import Trace
 from duomoe.models import Model, Routing
 
@@ -25,7 +26,11 @@ EPOCHS = 8
 MAX_STEPS = 6000  # so that a large trace takes no longer than minutes
 BATCH = 512  # tokens
 LEARNING_RATE = 3e-3
+WEIGHT_DECAY = 0.01
+AGAIN_WEIGHT_DECAY = 0.1
 HISTORY_RANK = 256
+
+SLOT_SHARES = (0.1, 0.15, 0.25, 0.5)  # of all experts, for hit rates
 
 HELD_OUT = 5  # of one trace every fifth request is held out
 
@@ -134,8 +139,58 @@ def train_learned(model: Model, trace: Trace, rank: int, quiet: bool) -> dict[st
             total = total - (wanted[ahead:] * logits.log_softmax(-1)).sum(-1).mean(1).sum()
         return total
 
-    _descend(weights, loss, len(hidden), draw, quiet)
-    return weights
+    _descend(weights, loss, torch.arange(len(hidden)), draw, quiet)
+    return weights | _train_again(trace, quiet)
+
+
+def _train_again(trace: Trace, quiet: bool) -> dict[str, Tensor]:
+    """Train the forecast of a `LearnedPredictor`: binary cross entropy with what a request's next token chose.
+
+    Inputs are scaled to unit variance, so that one rate of weight decay suits all; the result is for those unscaled.
+    """
+    assert trace.hidden is not None
+    hidden, logit_share = trace.hidden, shares(trace).logit(SHARE_EPS)
+    layers, experts = trace.experts.shape[1], trace.num_experts
+    scale = torch.stack([hidden[:, layer].float().std(0) for layer in range(layers)])[:, None] + 1e-6
+    weights = {
+        "again": torch.zeros(layers, experts, hidden.shape[2]),
+        "again_share": torch.ones(layers, experts),
+        "again_chosen": torch.zeros(layers, experts),
+        "again_bias": torch.zeros(layers, experts),
+    }
+
+    def loss(tokens: Tensor) -> Tensor:
+        h = hidden[tokens].transpose(0, 1).float() / scale
+        chosen, then = (one_hot(trace.experts[at].transpose(0, 1), experts) for at in (tokens, tokens + 1))
+        share = logit_share[tokens].transpose(0, 1).float()
+        logits = torch.baddbmm(weights["again_bias"][:, None], h, weights["again"].mT)
+        logits = logits + weights["again_share"][:, None] * share + weights["again_chosen"][:, None] * chosen
+        return F.binary_cross_entropy_with_logits(logits, then, reduction="none").sum(-1).mean(1).sum()
+
+    draw = torch.Generator().manual_seed(SEED)
+    followed = (trace.request[1:] == trace.request[:-1]).nonzero().squeeze(1)
+    _descend(weights, loss, followed, draw, quiet, AGAIN_WEIGHT_DECAY)
+    return weights | {"again": weights["again"] / scale}
+
+
+def shares(trace: Trace) -> Tensor:
+    """Return the share of tokens that chose each expert, as known at each token: float16 [tokens, layers, experts].
+
+    Of a prompt's tokens so far, as if a few more had chosen evenly (see `PrefillStream`), and then a moving average
+    (see `LearnedPredictor.next_use`).
+    """
+    tokens, layers, top_k = trace.experts.shape
+    found = torch.empty(tokens, layers, trace.num_experts, dtype=torch.float16)
+    for number in trace.request.unique():
+        mine = trace.request == number
+        chosen, decode = one_hot(trace.experts[mine], trace.num_experts), trace.decode[mine]
+        prompt = int((~decode).sum())
+        seen = torch.arange(1, prompt + 1)[:, None, None] + trace.num_experts / top_k
+        share = torch.cat([(chosen[:prompt].cumsum(0) + 1) / seen, chosen[prompt:]])
+        for token in range(prompt, len(share)):
+            share[token] = share[token - 1].lerp(share[token], SHARE_RATE)
+        found[mine] = share.half()
+    return found
 
 
 def train_history(model: Model, trace: Trace, quiet: bool) -> dict[str, Tensor]:
@@ -181,18 +236,23 @@ def train_history(model: Model, trace: Trace, quiet: bool) -> dict[str, Tensor]:
             total = total + wrong.sum(-1).mean(1).sum()
         return total
 
-    _descend(weights, loss, len(trace.experts), draw, quiet)
+    _descend(weights, loss, torch.arange(len(trace.experts)), draw, quiet)
     return {name: table.detach() for name, table in tables().items()}
 
 
 def _descend(
-    weights: dict[str, Tensor], loss: Callable[[Tensor], Tensor], tokens: int, draw: torch.Generator, quiet: bool
+    weights: dict[str, Tensor],
+    loss: Callable[[Tensor], Tensor],
+    tokens: Tensor,
+    draw: torch.Generator,
+    quiet: bool,
+    weight_decay: float = WEIGHT_DECAY,
 ) -> None:
-    """Lower a loss, a function of the numbers of some tokens, by changing the weights in place."""
+    """Lower a loss, a function of the numbers of some of the tokens, by changing the weights in place."""
     for weight in weights.values():
         weight.requires_grad_()
-    optimizer = torch.optim.AdamW(weights.values(), LEARNING_RATE)
-    epochs = (torch.randperm(tokens, generator=draw).split(BATCH) for _ in range(EPOCHS))
+    optimizer = torch.optim.AdamW(weights.values(), LEARNING_RATE, weight_decay=weight_decay)
+    epochs = (tokens[torch.randperm(len(tokens), generator=draw)].split(BATCH) for _ in range(EPOCHS))
     batches = list(itertools.islice(itertools.chain.from_iterable(epochs), MAX_STEPS))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=len(batches), pct_start=0.1)
     with tqdm(batches, desc="training", unit="step", disable=quiet, leave=False) as bar:
@@ -361,6 +421,21 @@ def _each_layer(layers: int, named: Callable[[int, int], Tensor]) -> Forecast:
 def _rank(scores: Tensor, width: int) -> Tensor:
     """Return the best `width` of each row's last dimension, of equals the lower number first."""
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :width]
+
+
+def hit_rates(predictor: Predictor, trace: Trace, dtype: torch.dtype) -> Iterator[str]:
+    """Yield the lines of a table: the hit rates of decode by the rule that chooses victims, and the predictor's."""
+    decodes = decodes_of(trace)
+    layers, top_k = trace.experts.shape[1:]
+    experts, needed = layers * trace.num_experts, sum(decodes.steps) * layers * top_k
+    forecast = forecasts(predictor, decodes, dtype)
+    rules: list[Rule] = ["lru", "average", "belady"] if forecast is None else ["lru", "average", "forecast", "belady"]
+    yield "slots  " + f"{'of experts':16}" + "".join(f"{rule:>11}" for rule in rules)
+    for share in SLOT_SHARES:
+        slots = max(top_k, round(share * experts))
+        rates = [replay(decodes, slots, rule, forecast) / needed for rule in rules]
+        yield f"{slots:<7}{share:<16.0%}" + "".join(f"{100 * rate:10.1f}%" for rate in rates)
+    yield "hit rates of decode, each request in slots of its own, and nothing sent ahead"
 
 
 def table(scores: dict[str, Scores]) -> Iterator[str]:

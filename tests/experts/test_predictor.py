@@ -1,5 +1,6 @@
-"""Predictors: what they name, against transformers' routers and plain Python, and which files they refuse."""
+"""Predictors: what they say, against transformers' routers and plain Python, and which files they refuse."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ def weights(kind: str, horizon: int = HORIZON) -> dict[str, Tensor]:
     up = {"up": (LAYERS, horizon, EXPERTS, RANK), "up_bias": (LAYERS, horizon, EXPERTS)}
     if kind == "learned":
         shapes |= {"down": (LAYERS, RANK, HIDDEN), "down_bias": (LAYERS, RANK)} | up
+        shapes |= {"again": (LAYERS, EXPERTS, HIDDEN)}
+        shapes |= {f"again_{name}": (LAYERS, EXPERTS) for name in ("share", "chosen", "bias")}
     if kind == "history":
         shapes |= {"chosen": (LAYERS, EXPERTS, RANK), "affinity": (LAYERS, EXPERTS, RANK)}
         shapes |= {"popularity": (LAYERS, RANK)} | up
@@ -112,6 +115,41 @@ def test_predictions_are_those_of_the_formula(model: Model, kind: str) -> None:
                     assert experts[token].tolist() == expected(kind, model, seen, index, ahead), (index, ahead)
 
 
+def test_the_forecast_of_the_next_steps_is_that_of_the_formula(model: Model) -> None:
+    w, predictor = weights("learned"), make(model, "learned")
+    use = torch.randint(1, 65536, (LAYERS, EXPERTS), dtype=torch.int32)
+    predictor.start(use)
+    share = [[value / 65536 for value in layer] for layer in use.tolist()]
+    # One after the other, of several tokens, with padding, and with nothing else.
+    for seed, (tokens, padding) in enumerate([(1, 0), (3, 0), (2, 2), (0, 2), (1, 3)]):
+        for index, (h, routing) in enumerate(step(tokens + padding, seed)):
+            h = h / HIDDEN**0.5
+            routing.experts[tokens:] = -1
+            found = predictor.next_use(index, h, routing)
+            choices = [set(chosen) for chosen in routing.experts[:tokens].tolist()]
+            unneeded = [1.0] * EXPERTS
+            for expert in range(EXPERTS):
+                if tokens:
+                    part = sum(expert in chosen for chosen in choices) / tokens
+                    share[index][expert] += (part - share[index][expert]) / 32
+                known = share[index][expert]
+                clamped = min(max(known, 1e-3), 1 - 1e-3)
+                for token, chosen in enumerate(choices):
+                    logit = float(w["again"][index, expert] @ h[token]) + float(w["again_bias"][index, expert])
+                    logit += float(w["again_share"][index, expert]) * math.log(clamped / (1 - clamped))
+                    logit += float(w["again_chosen"][index, expert]) * (expert in chosen)
+                    unneeded[expert] *= 1 - (known + 1 / (1 + math.exp(-logit))) / 2
+            assert found is not None and found.dtype == torch.int32 and found.shape == (EXPERTS,)
+            assert found.tolist() == pytest.approx([65536 * (1 - p) for p in unneeded], abs=2)
+
+
+@pytest.mark.parametrize("kind", ["gate", "history"])
+def test_who_does_not_forecast(model: Model, kind: str) -> None:
+    predictor = make(model, kind)
+    predictor.start(torch.zeros(LAYERS, EXPERTS, dtype=torch.int32))
+    assert predictor.next_use(0, *step(1)[0]) is None
+
+
 def test_of_equals_the_lower_expert_comes_first(model: Model) -> None:
     (experts, *_) = GatePredictor(model).predict(0, torch.zeros(2, HIDDEN), step(2)[0][1])
     assert experts.tolist() == [[0, 1, 2, 3]] * 2
@@ -126,6 +164,7 @@ def test_predict_never_looks_at_values_on_the_host(model: Model, kind: str) -> N
             fake = Routing(*(mode.from_tensor(tensor) for tensor in routing))
             named = predictor.predict(index, mode.from_tensor(h), fake)
             assert all(experts.shape == (2, WIDTH) for experts in named)
+            predictor.next_use(index, mode.from_tensor(h), fake)
 
 
 @pytest.mark.gpu

@@ -72,7 +72,7 @@ class CachedPolicy(BoundedPolicy):
             self.decoding = True
             self.residency.settle()
             self.residency.write(self.directory)
-            self.directory.use.copy_(self.stream.use)
+            self.decoder.start(self.stream.use)
 
     def decode(self, batch: Batch, kv: Sequence[LayerKV]) -> Tensor:
         """Pass one token of each sequence through all blocks.
