@@ -23,9 +23,9 @@ Forecast = list[list[Tensor]]
 
 SEED = 0
 EPOCHS = 8
-MAX_STEPS = 6000  # so that a large trace takes no longer than minutes
+MAX_STEPS = 4000  # so that a large trace takes no longer than minutes
 BATCH = 512  # tokens
-LEARNING_RATE = 3e-3
+LEARNING_RATE = 4e-3
 WEIGHT_DECAY = 0.01
 AGAIN_WEIGHT_DECAY = 0.1
 HISTORY_RANK = 256
