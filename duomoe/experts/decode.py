@@ -71,8 +71,10 @@ class Decode:
         self._demands: dict[tuple[int, int], _Demand] = {}  # by layer and width
         self._aheads: dict[tuple[int, int], _Ahead] = {}
         # How many of the predictor's choices are worth sending, by layer and by how far ahead it is.
-        worth = [] if predictor is None else (predictor.reliability >= WORTH_SENDING).int().cumprod(-1).sum(-1).tolist()
-        self._trusted: list[list[int]] = worth
+        self._trusted: list[list[int]] = []
+        if predictor is not None:
+            worth = (predictor.reliability >= WORTH_SENDING).int().cumprod(-1).sum(-1)
+            self._trusted = worth.tolist()  # host-sync ok: once, at construction, and on the host
 
     def start(self, use: Tensor) -> None:
         """Begin after a prefill, with what it needed: int32 [layers, experts], as in `Directory.use`."""

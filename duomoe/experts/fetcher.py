@@ -143,7 +143,8 @@ class DeviceFetcher(Fetcher):
         torch.cuda.current_stream().wait_stream(self.stream)
 
     def drop(self) -> None:
-        """Do nothing: a step's end has stopped them, and prefill's copies begin behind the step."""
+        """Wait for the copies: a step that failed has not stopped them, and prefill's come over another stream."""
+        self.stream.synchronize()
 
     def count(self, traffic: Traffic) -> None:
         """Add the bytes; waits for the device."""
@@ -154,4 +155,5 @@ class DeviceFetcher(Fetcher):
 
 
 def _columns(copies: Tensor) -> list[tuple[int, int, int]]:
-    return [(expert, slot, partly) for expert, slot, partly in copies.t().tolist() if expert >= 0]
+    columns = copies.t().tolist()  # host-sync ok: for copies that the host makes, in host memory
+    return [(expert, slot, partly) for expert, slot, partly in columns if expert >= 0]

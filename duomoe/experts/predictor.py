@@ -63,7 +63,7 @@ class Predictor(ABC):
     SHAPES: ClassVar[dict[str, tuple[str, ...]]] = {"reliability": ("horizon", "layers", "width")}
 
     def __init__(self, model: Model, reliability: Tensor) -> None:
-        self.reliability = reliability.float().cpu()
+        self.reliability = reliability.float().cpu()  # host-sync ok: once, at construction
         self.horizon, self.layers, self.width = reliability.shape
         self.num_experts = model.config.num_experts
 

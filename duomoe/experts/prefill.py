@@ -31,6 +31,18 @@ def ring_slots(slots: int) -> int:
     return max(SMALLEST_RING, slots // 4)
 
 
+def prompt_use(experts: Tensor, num_experts: int) -> Tensor:
+    """Return in how many of `ONE` tokens each expert was needed, int32 [num_experts], for decode to begin with.
+
+    Args:
+        experts: [tokens, top_k], those of one layer; counted as if a few more tokens had chosen evenly.
+        num_experts: of the layer.
+    """
+    tokens, top_k = experts.shape
+    share = (experts.flatten().int().bincount(minlength=num_experts) + 1) / (tokens + num_experts / top_k)
+    return (share.clamp(max=1) * ONE).int()
+
+
 class PrefillStream:
     """Streams one pass after the other through a residency's slots.
 
@@ -107,11 +119,8 @@ class PrefillStream:
 
     def _note_use(self, index: int, experts: Tensor) -> None:
         """Count how often each expert was needed, for decode and for later passes."""
-        counts = experts.flatten().bincount(minlength=self.num_experts)
-        # As if a few more tokens had chosen evenly.
-        share = (counts + 1) / (len(experts) + self.num_experts / self.top_k)
-        self.use[index] = (share.clamp(max=1) * ONE).int()
-        self._seen_uses[index] += counts
+        self.use[index] = prompt_use(experts, self.num_experts)
+        self._seen_uses[index] += experts.flatten().bincount(minlength=self.num_experts)
         if index == self.num_layers - 1:
             self._seen_tokens += len(experts)
 

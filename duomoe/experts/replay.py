@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from duomoe.experts.predictor import Predictor
+from duomoe.experts.prefill import prompt_use
 from duomoe.experts.trace import Trace
 from duomoe.kernels.admit import ONE, RATE
 from duomoe.models import Routing
@@ -51,9 +52,7 @@ def decodes_of(trace: Trace) -> Decodes:
         if hidden is not None and trace.hidden is not None:
             hidden[row, : steps[row]] = trace.hidden[decode]
         for layer in range(layers):
-            count = prompt[:, layer].flatten().int().bincount(minlength=trace.num_experts)
-            share = (count + 1) / (len(prompt) + trace.num_experts / top_k)
-            use[row, layer] = (share.clamp(max=1) * ONE).int()
+            use[row, layer] = prompt_use(prompt[:, layer], trace.num_experts)
     return Decodes(steps, experts, use, hidden)
 
 
@@ -127,7 +126,7 @@ def replay(decodes: Decodes, num_slots: int, rule: Rule, forecast: Tensor | None
             # Unequal numbers in the order of the keys, and of equal keys the lower slot first.
             keys = torch.where(used == now, -1, keys * num_slots + torch.arange(num_slots - 1, -1, -1))
             victims = keys.topk(top_k, 1).indices
-            row, miss = (~here).nonzero(as_tuple=True)
+            row, miss = (~here).nonzero(as_tuple=True)  # host-sync ok: a replay is offline
             slot = victims[row, ((~here).cumsum(1) - 1)[row, miss]]
             places[row, owners[row, slot]] = -1
             places[row, wanted[row, miss]] = slot

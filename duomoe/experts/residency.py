@@ -233,8 +233,8 @@ class Residency:
         """Take over the slots as a directory has them, but for those whose row may be there in part only."""
         owners = torch.where(directory.unproven == 0, directory.owner_of, -1)
         last_use = torch.where(owners >= 0, directory.last_use, NEVER)
-        # host-sync ok: prefill's decisions are the host's, and begin with what decode has left.
-        self._take_over(owners.tolist(), last_use.tolist())
+        # Prefill's decisions are the host's, and begin with what decode has left.
+        self._take_over(owners.tolist(), last_use.tolist())  # host-sync ok: once when a prefill takes over
 
     def write(self, directory: Directory) -> None:
         """Hand the slots over to a directory."""

@@ -19,8 +19,8 @@ BOUNDED: dict[str, type[BoundedPolicy]] = {
     "duo": Duo,
 }
 # Of these, those whose prefill streams through a ring of slots.
-STREAMING = [name for name, policy in BOUNDED.items() if issubclass(policy, CachedPolicy)]
+STREAMING = {name: policy for name, policy in BOUNDED.items() if issubclass(policy, CachedPolicy)}
 # Of these, those that have use for a predictor.
-PREDICTED = [name for name in STREAMING if getattr(BOUNDED[name], "predicted", False)]
+PREDICTED = [name for name, policy in STREAMING.items() if policy.predicted]
 
 __all__ = ["BOUNDED", "PREDICTED", "STREAMING", "Policy", "Resident"]
