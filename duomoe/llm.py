@@ -104,9 +104,7 @@ class LLM:
         also = token_ids(generation.get("eos_token_id"), "generation_config.json")
         self.eos_token_ids = frozenset(self.config.eos_token_ids) | frozenset(also)
 
-        self._checkpoint = checkpoint
-        self._routers = folder.routers()
-
+        self._folder = folder
         self._numbers = itertools.count()
         self._lock = threading.RLock()  # one step at a time; callers in several threads share the batch
         try:
@@ -237,7 +235,7 @@ class LLM:
 
     def fingerprint(self) -> str:
         """Return what tells this model from any other, a hash of its routers; traces and predictors carry it."""
-        return self._checkpoint.fingerprint(self._routers)
+        return self._folder.fingerprint()
 
     def chat_tokens(self, message: str) -> list[int]:
         """Return the prompt for one user message, by the checkpoint's chat template.

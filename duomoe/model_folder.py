@@ -79,9 +79,13 @@ class ModelFolder:
         return int4_format(*size, self.config.quantization.group_size, min(scales, key=str))
 
     def routers(self) -> list[str]:
-        """Return the names of the tensors that hold the routers; what they hold tells this model from any other."""
+        """Return the names of the tensors that hold the routers."""
         sources = (self.architecture.block_sources(self.config, layer)["router"] for layer in self.config.moe_layers)
         return [part for (tensor,) in sources for part in self.stored.tensors(*tensor)]
+
+    def fingerprint(self) -> str:
+        """Return what tells this model from any other, a hash of its routers; traces and predictors carry it."""
+        return self.checkpoint.fingerprint(self.routers())
 
     def dequantised_bytes(self, dtype: torch.dtype) -> int:
         """Return how many bytes more the non-expert weights take in a dtype, where they are stored quantised."""

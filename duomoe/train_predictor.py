@@ -105,7 +105,7 @@ def _routers_of(path: str | None) -> tuple["Model", str]:
     model = Model(folder.architecture, folder.config, torch.device("cpu"), torch.float32, compiled=False)
     names = set(folder.routers())
     folder.checkpoint.load([place for place in model.destinations() if place[0] in names], quiet=True)
-    return model, folder.checkpoint.fingerprint(folder.routers())
+    return model, folder.fingerprint()
 
 
 if __name__ == "__main__":
