@@ -25,7 +25,6 @@ from duomoe.kernels.quantised import (
     decoded,
     example_forms,
     expert_values,
-    in_slot,
     kernel_form,
     pools,
     row_length,
@@ -214,7 +213,7 @@ def _gate_up_gemv_kernel(
     # Rows behind the last one repeat it: the loads need no mask, the store has one.
     own, length = tl.minimum(row, outer - 1), row_length(inner, FORMAT)
     weight = w_gate_up + slot * slot_stride + own.to(tl.int64)[:, None] * length
-    s, z = in_slot(scales, slot, scale_stride), in_slot(zeros, slot, zero_stride)
+    s, z = scales + slot * scale_stride, zeros + slot * zero_stride
     place, step = scale_places(own // (outer // 2), own % (outer // 2), outer // 2, inner, FORMAT, GROUP)
     token = x + (pair // TOP_K).to(tl.int64) * inner
 
@@ -266,7 +265,7 @@ def _down_gemv_kernel(
     row = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     own, length = tl.minimum(row, outer - 1), row_length(inner, FORMAT)
     weight = w_down + slot * slot_stride + own.to(tl.int64)[:, None] * length
-    s, z = in_slot(scales, slot, scale_stride), in_slot(zeros, slot, zero_stride)
+    s, z = scales + slot * scale_stride, zeros + slot * zero_stride
     place, step = scale_places(0, own, outer, inner, FORMAT, GROUP)
 
     HALVES: tl.constexpr = 2 if FORMAT == "int4" else 1

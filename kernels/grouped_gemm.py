@@ -24,7 +24,6 @@ from duomoe.kernels.quantised import (
     example_forms,
     expert_values,
     half_of,
-    in_slot,
     kernel_form,
     pools,
     row_length,
@@ -286,7 +285,7 @@ def _gate_up_kernel(
         stacked_row = (row + matrix * intermediate).to(tl.int64)
         w_at = w_gate_up + slot * slot_stride + stacked_row[None, :] * row_length(hidden, FORMAT) + inner[:, None]
         scale_place, step = scale_places(matrix, row, intermediate, hidden, FORMAT, GROUP)
-        s, z = in_slot(scales, slot, scale_stride), in_slot(zeros, slot, zero_stride)
+        s, z = scales + slot * scale_stride, zeros + slot * zero_stride
 
         y = _product(a_at, w_at, s, z, scale_place, step, hidden, EVEN_K, FORMAT, GROUP, BLOCK_M, 2 * BLOCK_N, BLOCK_K)
         gate, up = tl.split(tl.reshape(y, (BLOCK_M, BLOCK_N, 2)))
@@ -332,7 +331,7 @@ def _down_kernel(
         inner = tl.arange(0, BLOCK_K)
         a_at = h + place.to(tl.int64)[:, None] * intermediate + inner[None, :]
         w_at = w_down + slot * slot_stride + row[None, :] * row_length(intermediate, FORMAT) + inner[:, None]
-        s, z = in_slot(scales, slot, scale_stride), in_slot(zeros, slot, zero_stride)
+        s, z = scales + slot * scale_stride, zeros + slot * zero_stride
         scale_place, step = scale_places(0, row, hidden, intermediate, FORMAT, GROUP)
         # Loaded here, so that they arrive during the loop.
         pair = tl.load(order + place)

@@ -119,14 +119,19 @@ def kernel_form(w: Tensor, scales: Tensor | None, matrices: int, capability: int
     return {"FORMAT": "int4", "GROUP": int4_group(w, scales, matrices)}
 
 
-def pools(w: Tensor, scales: Tensor | None, zeros: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return a pool's tensors as kernels take them: fp8 as bytes, which GPUs without fp8 can load too."""
-    return w.view(torch.uint8) if w.dtype == torch.float8_e4m3fn else w, scales, zeros
+def pools(w: Tensor, scales: Tensor | None, zeros: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a pool's tensors as kernels take them.
+
+    fp8 goes as bytes, which GPUs without fp8 can load too. Where a format lacks a tensor, the weights take its place,
+    from which nothing is read then.
+    """
+    w = w.view(torch.uint8) if w.dtype == torch.float8_e4m3fn else w
+    return w, w if scales is None else scales, w if zeros is None else zeros
 
 
-def strides(*pool: Tensor | None) -> tuple[int | None, ...]:
-    """Return the distances from one slot to the next in a pool's tensors."""
-    return tuple(None if item is None else item.stride(0) for item in pool)
+def strides(*pool: Tensor | None) -> tuple[int, ...]:
+    """Return the distances from one slot to the next in a pool's tensors; 0 for those that its format lacks."""
+    return tuple(0 if item is None else item.stride(0) for item in pool)
 
 
 def example_forms(dtype: torch.dtype, capability: int) -> list[tuple[Form, dict[str, str]]]:
@@ -134,26 +139,17 @@ def example_forms(dtype: torch.dtype, capability: int) -> list[tuple[Form, dict[
 
     Quantised ones are listed for bfloat16 alone: float16 differs by one instruction.
     """
-    scaled = {"w": "*u8:16", "scale_stride": "i32:16"}
     fp8: Form = {"FORMAT": "fp8" if capability >= 89 else "fp8_bits", "GROUP": FP8_BLOCK}
     int4: Form = {"FORMAT": "int4", "GROUP": 128}
     plain: Form = {"FORMAT": "plain", "GROUP": 1}
-    if dtype == torch.float16:
-        return [(plain, {"w": "*fp16:16"})]
-    return [
-        (plain, {"w": f"*{TRITON_TYPE[dtype]}:16"}),
-        (fp8, scaled | {"scales": "*fp32:16"}),
-        (int4, scaled | {"scales": "*fp16:16", "zeros": "*u8:16", "zero_stride": "i32:16"}),
+    apart = dict.fromkeys(("scale_stride", "zero_stride"), "i32:16")
+    own, byte = f"*{TRITON_TYPE[dtype]}:16", "*u8:16"
+    every = [
+        (plain, apart | {"w": own, "scales": own, "zeros": own}),
+        (fp8, apart | {"w": byte, "scales": "*fp32:16", "zeros": byte}),
+        (int4, apart | {"w": byte, "scales": "*fp16:16", "zeros": byte}),
     ]
-
-
-@triton.jit
-def in_slot(pool: tl.tensor, slot: tl.tensor, stride: tl.tensor) -> tl.tensor:
-    """Return where a slot's part of a pool begins; None where the format has no such tensor."""
-    if pool is None:
-        return pool
-    else:
-        return pool + slot * stride
+    return every[:1] if dtype == torch.float16 else every
 
 
 @triton.jit

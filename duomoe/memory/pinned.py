@@ -1,5 +1,6 @@
 """Host memory that the GPU can copy from at full speed, and read directly."""
 
+import contextlib
 import warnings
 import weakref
 
@@ -21,6 +22,7 @@ def pin(tensor: Tensor) -> bool:
     cudart = torch.cuda.cudart()
     status = cudart.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, PORTABLE)
     if int(status) != 0:
+        _forget_error()
         warnings.warn(
             f"{tensor.nbytes} bytes of host memory cannot be pinned ({cudart.cudaGetErrorString(status)}); experts "
             "are copied from pageable memory, which is slower. Raise the locked-memory limit (ulimit -l)",
@@ -30,3 +32,9 @@ def pin(tensor: Tensor) -> bool:
         return False
     weakref.finalize(tensor, cudart.cudaHostUnregister, tensor.data_ptr())
     return True
+
+
+def _forget_error() -> None:
+    """Take the last call's error out of CUDA, or the next kernel's launch would be said to have failed with it."""
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device="cuda")

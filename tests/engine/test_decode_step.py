@@ -77,3 +77,17 @@ def test_a_graph_gives_what_the_step_gives(
         if graph:
             assert any(captured is not None for captured in llm.engine.decode_step._graphs.values())
     assert found[:2] == found[2:]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("share", ["5%", "15%", "50%"])
+def test_the_trained_predictor_works_within_a_graph(share: str) -> None:
+    prompts = ["def main(", "The expert that is needed next", "#include"]
+    params = SamplingParams(max_new_tokens=40)
+    whole = LLM(device="cuda", policy="resident", compile="off")
+    tokens = [completion.token_ids for completion in whole.generate(prompts, params)]
+    llm = LLM(device="cuda", policy="duo", expert_memory=share, compile="off")
+    found = llm.generate(prompts, params)
+    assert [completion.token_ids for completion in found] == tokens
+    assert any(captured is not None for captured in llm.engine.decode_step._graphs.values())
+    assert llm.policy.traffic_so_far().prefetched > 0

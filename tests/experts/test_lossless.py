@@ -46,6 +46,20 @@ def test_every_number_of_slots_gives_the_same_bits(
         assert torch.equal(bounded.logits(prompt), logits)  # from whatever the generation has left in the slots
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", BOUNDED)
+def test_memory_that_cannot_be_pinned_gives_the_same_bits(
+    policy: str, tiny: Callable[..., Any], prompt_of: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny("qwen3_moe").path
+    whole = LLM(path, device="cuda", compile="off")
+    monkeypatch.setattr("duomoe.experts.store.pin", lambda rows: False)
+    bounded = LLM(path, device="cuda", policy=policy, expert_memory=5 * row_bytes(whole), compile="off")
+    batch, params = [prompt_of(length, seed=length) for length in (1, 16, 33)], SamplingParams(max_new_tokens=8)
+    found, expected = bounded.generate(batch, params), whole.generate(batch, params)
+    assert [completion.token_ids for completion in found] == [completion.token_ids for completion in expected]
+
+
 @given(data=st.data())
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_prompts_and_any_budget(data: st.DataObject, tiny: Callable[..., Any]) -> None:

@@ -13,4 +13,5 @@ def test_pinned_rows_copy_correctly_and_can_be_pinned_again() -> None:
     assert rows.is_pinned()
     assert torch.equal(rows.to("cuda", non_blocking=True).cpu(), rows)
     with pytest.warns(RuntimeWarning, match="cannot be pinned"):
-        pin(rows)  # it is already
+        assert not pin(rows)  # it is already
+    assert torch.ones(3, device="cuda").sum() == 3, "the refusal was taken for a failure of what came next"
