@@ -327,9 +327,14 @@ def _reduce_kernel(
 CHUNK = 128
 
 
+def _block_d(head_dim: int) -> int:
+    """Return the width of a tile of heads; tensor cores multiply no fewer than 16 values."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
 def _prefill_options(max_query_len: int, head_dim: int, dtype: torch.dtype, capability: int) -> dict[str, int]:
     """Choose how many queries and keys a program multiplies at once."""
-    block_d = triton.next_power_of_2(head_dim)
+    block_d = _block_d(head_dim)
     # Only Hopper's tensor cores take their operands from shared memory; elsewhere larger tiles spill registers.
     hopper = capability == 90 and block_d <= 128
     largest = 128 if hopper else 64
@@ -348,7 +353,7 @@ def _decode_options(group: int, head_dim: int, dtype: torch.dtype) -> dict[str, 
         "CHUNK": CHUNK,
         "BLOCK_M": max(16, triton.next_power_of_2(group)),
         "BLOCK_N": 64 if dtype != torch.float32 and head_dim <= 128 else 32,
-        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "BLOCK_D": _block_d(head_dim),
         "num_warps": 4,
         "num_stages": 2,
     }

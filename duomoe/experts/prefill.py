@@ -95,9 +95,10 @@ class PrefillStream:
         Args:
             total: the layer's sum.
             index: the MoE layer's number.
-            experts: [tokens, top_k], the router's choice.
+            experts: [tokens, top_k], the router's choice; -1 for padding.
         """
         experts = experts.cpu().long()  # host-sync ok: prefill decides on the host what to send
+        experts = experts[experts[:, 0] >= 0]
         self._note_use(index, experts)
         worth = self._worth(experts)
         needed = [expert for expert in range(self.num_experts) if worth[expert] > 0]

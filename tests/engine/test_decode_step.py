@@ -90,4 +90,4 @@ def test_the_trained_predictor_works_within_a_graph(share: str) -> None:
     found = llm.generate(prompts, params)
     assert [completion.token_ids for completion in found] == tokens
     assert any(captured is not None for captured in llm.engine.decode_step._graphs.values())
-    assert llm.policy.traffic_so_far().prefetched > 0
+    assert llm.policy.traffic_so_far().prefetched_bytes > 0
