@@ -19,24 +19,23 @@ from duomoe.kernels.configuration import TRITON_TYPE, Configuration
 from duomoe.kernels.configuration import capability as capability_of
 from duomoe.kernels.operator import operator
 from duomoe.kernels.quantised import (
-    FP8_BLOCK,
-    INT4_PLANE,
     Form,
-    decoded,
     example_forms,
     expert_values,
+    fp8_number,
     kernel_form,
     pools,
     row_length,
     scale_places,
     strides,
+    tiny_int4,
 )
 
 # Parts of the inner dimension are whole multiples of this many elements, so that wide loads stay aligned.
 PART_UNIT = 256
 
 
-def _part_length(size: int, splits: int) -> int:
+def part_length(size: int, splits: int) -> int:
     """Return how long each of `splits` parts of a dimension of `size` is; the last ones may be shorter or empty."""
     units = -(-size // PART_UNIT)
     return -(-units // splits) * PART_UNIT
@@ -44,7 +43,7 @@ def _part_length(size: int, splits: int) -> int:
 
 def _part(size: int, splits: int, split: int) -> slice:
     """Return the `split`-th of `splits` parts of a dimension of `size`."""
-    length = _part_length(size, splits)
+    length = part_length(size, splits)
     return slice(min(split * length, size), min((split + 1) * length, size))
 
 
@@ -172,10 +171,78 @@ def _(
 
 
 @triton.jit
-def _load_weights(rows: tl.tensor, left: tl.tensor, BLOCK_K: tl.constexpr) -> tl.tensor:
-    """Load BLOCK_K columns of some rows of weights, zero from the `left`-th on."""
-    column = tl.arange(0, BLOCK_K)
-    return tl.load(rows + column[None, :], mask=(column < left)[None, :], other=0)
+def _activations(
+    source: tl.tensor, k: tl.tensor, inner: tl.tensor, split_stride: tl.tensor, GATE_UP_SPLITS: tl.constexpr
+) -> tl.tensor:
+    """Return some activations in float32: as they lie there, or made from that many partial sums of gate and up."""
+    if GATE_UP_SPLITS == 0:
+        return tl.load(source + k, mask=k < inner, other=0.0).to(tl.float32)
+    else:
+        gate = tl.zeros(k.shape, tl.float32)
+        up = tl.zeros(k.shape, tl.float32)
+        for split in range(GATE_UP_SPLITS):
+            at = source + split * split_stride + k
+            gate += tl.load(at, mask=k < inner, other=0.0)
+            up += tl.load(at + inner, mask=k < inner, other=0.0)
+        return gate * tl.sigmoid(gate) * up
+
+
+@triton.jit
+def _dot_rows(
+    source: tl.tensor,
+    split_stride: tl.tensor,
+    weight: tl.tensor,
+    scales: tl.tensor,
+    zeros: tl.tensor,
+    row: tl.tensor,
+    place: tl.tensor,
+    step: tl.tensor,
+    first: tl.tensor,
+    last: tl.tensor,
+    inner: tl.tensor,
+    GATE_UP_SPLITS: tl.constexpr,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    WORD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+) -> tl.tensor:
+    """Return the products [BLOCK_N] of rows of a matrix with the activations, over some chunks of CHUNK values.
+
+    `place` and `step` are those of the rows' scales (quantised.py). Quantised weights come as words of WORD bytes. A
+    thread has several rows for each activation that it makes.
+    """
+    HALVES: tl.constexpr = 2 if FORMAT == "int4" else 1
+    UNITS: tl.constexpr = CHUNK // HALVES // WORD
+    unit = tl.arange(0, UNITS)
+    length = row_length(inner, FORMAT) // WORD
+    sums = tl.zeros((BLOCK_N, UNITS), tl.float32)
+    for chunk in range(first, last):
+        column = chunk * UNITS + unit
+        raw = tl.load(weight + row[:, None] * length + column[None, :], mask=(column < length)[None, :], other=0)
+        if FORMAT == "plain":
+            sums += raw.to(tl.float32) * _activations(source, column, inner, split_stride, GATE_UP_SPLITS)[None, :]
+        else:
+            for half in tl.static_range(HALVES):
+                k = chunk * CHUNK + half * 64
+                scale = tl.load(scales + place + k // GROUP * step).to(tl.float32)[:, None]
+                part = tl.zeros((BLOCK_N, UNITS), tl.float32)
+                total = tl.zeros((UNITS,), tl.float32)
+                for byte in tl.static_range(WORD):
+                    value = _activations(source, k + WORD * unit + byte, inner, split_stride, GATE_UP_SPLITS)
+                    if FORMAT == "int4":
+                        total += value
+                        number = tiny_int4(raw >> 16 * (byte // 2), 8 * (byte % 2) + 4 * half)
+                        value *= 1.8446744073709552e19 / (1 << 8 * (byte % 2) + 4 * half)  # 2 ** 64
+                    else:
+                        number = fp8_number((raw >> 8 * byte).to(tl.uint8), FORMAT)
+                    part += number * value[None, :]
+                if FORMAT == "int4":
+                    zero = tl.load(zeros + place + k // GROUP * step).to(tl.float32)[:, None]
+                    sums += part * (scale * 3.8685626227668134e25) - zero * scale * total[None, :]  # 2 ** 85
+                else:
+                    sums += part * scale
+    return tl.sum(sums, 1)
 
 
 @triton.jit
@@ -197,10 +264,11 @@ def _gate_up_gemv_kernel(
     TOP_K: tl.constexpr,
     FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
+    WORD: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    CHUNK: tl.constexpr,
 ) -> None:
-    """Each program multiplies BLOCK_N rows of one pair's expert, over one part of the inner dimension."""
+    """Each program multiplies BLOCK_N rows of one pair's expert, over `part` chunks of the inner dimension."""
     pair = tl.program_id(0)
     split = tl.program_id(2)
     expert = tl.load(experts + pair)
@@ -211,23 +279,14 @@ def _gate_up_gemv_kernel(
         return
     row = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     # Rows behind the last one repeat it: the loads need no mask, the store has one.
-    own, length = tl.minimum(row, outer - 1), row_length(inner, FORMAT)
-    weight = w_gate_up + slot * slot_stride + own.to(tl.int64)[:, None] * length
-    s, z = scales + slot * scale_stride, zeros + slot * zero_stride
+    own = tl.minimum(row, outer - 1)
     place, step = scale_places(own // (outer // 2), own % (outer // 2), outer // 2, inner, FORMAT, GROUP)
-    token = x + (pair // TOP_K).to(tl.int64) * inner
-
-    HALVES: tl.constexpr = 2 if FORMAT == "int4" else 1
-    products = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for column in range(split * part, tl.minimum((split + 1) * part, length), BLOCK_K):
-        raw = _load_weights(weight + column, length - column, BLOCK_K)
-        for half in tl.static_range(HALVES):
-            first = column * HALVES + half * BLOCK_K
-            w = decoded(raw, s, z, place + first // GROUP * step, 4 * half, 1, FORMAT, tl.float32)
-            k = first + tl.arange(0, BLOCK_K)
-            products += w * tl.load(token + k, mask=k < inner, other=0.0).to(tl.float32)[None, :]
-    to = out + (split.to(tl.int64) * pairs + pair) * outer + row
-    tl.store(to, tl.sum(products, 1), mask=row < outer)
+    y = _dot_rows(
+        x + (pair // TOP_K).to(tl.int64) * inner, 0, w_gate_up + slot * slot_stride, scales + slot * scale_stride,
+        zeros + slot * zero_stride, own.to(tl.int64), place, step, split * part,
+        tl.minimum((split + 1) * part, tl.cdiv(inner, CHUNK)), inner, 0, FORMAT, GROUP, WORD, BLOCK_N, CHUNK,
+    )  # fmt: skip
+    tl.store(out + (split.to(tl.int64) * pairs + pair) * outer + row, y, mask=row < outer)
 
 
 @triton.jit
@@ -250,8 +309,9 @@ def _down_gemv_kernel(
     GATE_UP_SPLITS: tl.constexpr,
     FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
+    WORD: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    CHUNK: tl.constexpr,
 ) -> None:
     """Each program multiplies as in `_gate_up_gemv_kernel`, with activations that it makes from the partial sums."""
     pair = tl.program_id(0)
@@ -263,34 +323,21 @@ def _down_gemv_kernel(
     if slot < 0:
         return
     row = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    own, length = tl.minimum(row, outer - 1), row_length(inner, FORMAT)
-    weight = w_down + slot * slot_stride + own.to(tl.int64)[:, None] * length
-    s, z = scales + slot * scale_stride, zeros + slot * zero_stride
+    own = tl.minimum(row, outer - 1)
     place, step = scale_places(0, own, outer, inner, FORMAT, GROUP)
-
-    HALVES: tl.constexpr = 2 if FORMAT == "int4" else 1
-    products = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for column in range(split * part, tl.minimum((split + 1) * part, length), BLOCK_K):
-        raw = _load_weights(weight + column, length - column, BLOCK_K)
-        for half in tl.static_range(HALVES):
-            first = column * HALVES + half * BLOCK_K
-            w = decoded(raw, s, z, place + first // GROUP * step, 4 * half, 1, FORMAT, tl.float32)
-            k = first + tl.arange(0, BLOCK_K)
-            gate = tl.zeros((BLOCK_K,), tl.float32)
-            up = tl.zeros((BLOCK_K,), tl.float32)
-            for part_of in tl.static_range(GATE_UP_SPLITS):
-                at = gate_up + (part_of * tl.cast(pairs, tl.int64) + pair) * 2 * inner + k
-                gate += tl.load(at, mask=k < inner, other=0.0)
-                up += tl.load(at + inner, mask=k < inner, other=0.0)
-            products += w * (gate * tl.sigmoid(gate) * up)[None, :]
+    y = _dot_rows(
+        gate_up + pair.to(tl.int64) * 2 * inner, tl.cast(pairs, tl.int64) * 2 * inner, w_down + slot * slot_stride,
+        scales + slot * scale_stride, zeros + slot * zero_stride, own.to(tl.int64), place, step, split * part,
+        tl.minimum((split + 1) * part, tl.cdiv(inner, CHUNK)), inner,
+        GATE_UP_SPLITS, FORMAT, GROUP, WORD, BLOCK_N, CHUNK,
+    )  # fmt: skip
     to = out + (split.to(tl.int64) * pairs + pair) * outer + row
-    tl.store(to, tl.sum(products, 1) * tl.load(weights + pair), mask=row < outer)
+    tl.store(to, y * tl.load(weights + pair), mask=row < outer)
 
 
-# Of plain weights: rows per program; the inner dimension advances by PART_UNIT. Each of the 128 threads has two loads
-# of 16 bytes of 16-bit weights under way.
+# Rows per program.
 BLOCK_N = 8
-NUM_WARPS = 4
+QUANTISED_BLOCK_N = 32
 # A GPU is full with about so many programs.
 FULL = 2048
 MAX_SPLITS = 8
@@ -305,37 +352,34 @@ def use_gemv(tokens: int, top_k: int, num_experts: int) -> bool:
     return tokens * top_k <= num_experts
 
 
-def gemv_splits(inner: int, outer: int, pairs: int) -> int:
+def gemv_splits(inner: int, outer: int, pairs: int, quantised: bool) -> int:
     """Return into how many parts (1 to 8) to split the inner dimension, so that the programs fill a GPU.
 
     Args:
         inner: elements of a row of the matrix: the hidden size for gate and up, the intermediate size for down.
         outer: rows of the matrix: twice the intermediate size for gate and up, the hidden size for down.
         pairs: `tokens * top_k`.
+        quantised: whether the weights are.
     """
-    programs = max(pairs, 1) * triton.cdiv(outer, BLOCK_N)
-    splits: int = min(triton.cdiv(FULL, programs), triton.cdiv(inner, PART_UNIT), MAX_SPLITS)
-    return splits
+    programs = max(pairs, 1) * triton.cdiv(outer, QUANTISED_BLOCK_N if quantised else BLOCK_N)
+    units = triton.cdiv(inner, PART_UNIT)
+    splits = min(triton.cdiv(FULL, programs), units, MAX_SPLITS)
+    filled: int = triton.cdiv(units, triton.cdiv(units, splits))  # no part is empty
+    return filled
 
 
-def _options(form: Form) -> Form:
-    """Choose the tile: for quantised weights one group of inputs, and four loads of 16 bytes per thread under way.
-
-    A thread then has several rows for each activation that it reads, of which a byte of weights needs more.
-    """
+def _options(form: Form, inner: int) -> Form:
+    """Choose the tile: each thread has loads of 16 bytes under way from several rows."""
     if form["FORMAT"] == "plain":
-        tile: Form = {"BLOCK_N": BLOCK_N, "BLOCK_K": PART_UNIT, "num_warps": NUM_WARPS}
-    elif form["FORMAT"] == "int4":
-        tile = {"BLOCK_N": 32, "BLOCK_K": INT4_PLANE, "num_warps": 1}
-    else:
-        # With fewer registers, to which the compiler tends, it spills.
-        tile = {"BLOCK_N": 16, "BLOCK_K": FP8_BLOCK, "num_warps": 1, "maxnreg": 208}
-    return form | tile
+        return form | {"WORD": 1, "BLOCK_N": BLOCK_N, "CHUNK": PART_UNIT, "num_warps": 4}
+    word = 1 if form["FORMAT"] != "int4" and inner % 4 else 4
+    return form | {"WORD": word, "BLOCK_N": QUANTISED_BLOCK_N, "CHUNK": 128, "num_warps": 1}
 
 
-def _part_columns(inner: int, splits: int, form: Form) -> int:
-    """Return how many columns of weights a part has; an int4 byte holds two values."""
-    return _part_length(inner, splits) // (2 if form["FORMAT"] == "int4" else 1)
+def _words(pool: tuple[Tensor, Tensor, Tensor], options: Form) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a pool's tensors with the weights as words."""
+    w, scales, zeros = pool
+    return w if options["WORD"] == 1 else w.view(torch.uint32), scales, zeros
 
 
 @experts_gate_up_gemv.register_cuda
@@ -351,11 +395,12 @@ def experts_gate_up_gemv_triton(
     """Launch the kernel of `experts_gate_up_gemv`."""
     splits, pairs, outer = out.shape
     inner = x.shape[1]
-    options = _options(kernel_form(w_gate_up, scales, 2, capability_of(x.device)))
+    options = _options(kernel_form(w_gate_up, scales, 2, capability_of(x.device)), inner)
+    pool = _words(pools(w_gate_up, scales, zeros), options)
     if pairs > 0:
         _gate_up_gemv_kernel[(pairs, triton.cdiv(outer, options["BLOCK_N"]), splits)](
-            x, *pools(w_gate_up, scales, zeros), slots, experts, out, *strides(w_gate_up, scales, zeros),
-            pairs, inner, outer, _part_columns(inner, splits, options), TOP_K=experts.shape[1], **options,
+            x, *pool, slots, experts, out, *strides(*pool), pairs, inner, outer,
+            part_length(inner, splits) // options["CHUNK"], TOP_K=experts.shape[1], **options,
         )  # fmt: skip
 
 
@@ -373,24 +418,26 @@ def experts_down_gemv_triton(
     """Launch the kernel of `experts_down_gemv`."""
     splits, pairs, outer = out.shape
     inner = gate_up.shape[2] // 2
-    options = _options(kernel_form(w_down, scales, 1, capability_of(gate_up.device)))
+    options = _options(kernel_form(w_down, scales, 1, capability_of(gate_up.device)), inner)
+    pool = _words(pools(w_down, scales, zeros), options)
     if pairs > 0:
         _down_gemv_kernel[(pairs, triton.cdiv(outer, options["BLOCK_N"]), splits)](
-            gate_up, *pools(w_down, scales, zeros), slots, experts, weights, out, *strides(w_down, scales, zeros),
-            pairs, inner, outer, _part_columns(inner, splits, options), GATE_UP_SPLITS=gate_up.shape[0], **options,
+            gate_up, *pool, slots, experts, weights, out, *strides(*pool), pairs, inner, outer,
+            part_length(inner, splits) // options["CHUNK"], GATE_UP_SPLITS=gate_up.shape[0], **options,
         )  # fmt: skip
 
 
 def configurations(dtype: torch.dtype, capability: int) -> list[Configuration]:
     """List what the launchers choose: with few and with many partial sums, for each format."""
     types = dict.fromkeys(("slots", "experts"), "*i32:16") | {"out": "*fp32:16", "pairs": "i32"}
-    types |= dict.fromkeys(("slot_stride", "inner", "outer", "part"), "i32:16")
+    types |= dict.fromkeys(("slot_stride", "inner", "outer"), "i32:16") | {"part": "i32"}
     found = []
     for form, pointers in example_forms(dtype, capability):
         quantised = {name: kind for name, kind in pointers.items() if name != "w"}
-        gate_up = types | quantised | {"x": f"*{TRITON_TYPE[dtype]}:16", "w_gate_up": pointers["w"]}
-        down = types | quantised | {"gate_up": "*fp32:16", "w_down": pointers["w"], "weights": "*fp32:16"}
-        options = _options(form)
+        weights = pointers["w"] if form["FORMAT"] == "plain" else "*u32:16"
+        gate_up = types | quantised | {"x": f"*{TRITON_TYPE[dtype]}:16", "w_gate_up": weights}
+        down = types | quantised | {"gate_up": "*fp32:16", "w_down": weights, "weights": "*fp32:16"}
+        options = _options(form, 2048)
         found.append(Configuration(_gate_up_gemv_kernel, gate_up, options | {"TOP_K": 8}, wide_loads=True))
         for splits in (1, MAX_SPLITS):
             few = options | {"GATE_UP_SPLITS": splits}

@@ -19,11 +19,9 @@ from duomoe.kernels.configuration import capability as capability_of
 from duomoe.kernels.operator import operator
 from duomoe.kernels.quantised import (
     Form,
-    advance,
     decoded,
     example_forms,
     expert_values,
-    half_of,
     kernel_form,
     pools,
     row_length,
@@ -208,8 +206,8 @@ def _locate(
 
 @triton.jit
 def _product(
-    a_at: tl.tensor,
-    w_at: tl.tensor,
+    a_rows: tl.tensor,
+    w_rows: tl.tensor,
     scales: tl.tensor,
     zeros: tl.tensor,
     place: tl.tensor,
@@ -224,21 +222,42 @@ def _product(
 ) -> tl.tensor:
     """Return the product [BLOCK_M, BLOCK_N] of rows of activations and rows of weights that have `size` values each.
 
-    `a_at` and `w_at` are where the rows' first BLOCK_K values lie; `place` and `step` are those of the weights' scales.
+    `a_rows` and `w_rows` are where the rows begin; `place` and `step` are those of the weights' scales. Quantised
+    weights are the left operand, which tensor cores take from registers, where their values come to be.
     """
     inner = tl.arange(0, BLOCK_K)
-    y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(0, size, BLOCK_K):
-        if EVEN_K:
-            a, raw = tl.load(a_at), tl.load(w_at)
-        else:
-            a = tl.load(a_at, mask=(inner < size - k)[None, :], other=0.0)
-            raw = tl.load(w_at, mask=(inner < size - k)[:, None], other=0)
-        w = decoded(raw, scales, zeros, place + k // GROUP * step, half_of(k), 0, FORMAT, a.dtype)
-        y = tl.dot(a, w, y, input_precision="ieee")
-        a_at += BLOCK_K
-        w_at += advance(k, BLOCK_K, FORMAT)
-    return y
+    if FORMAT == "plain":
+        a_at, w_at = a_rows[:, None] + inner[None, :], w_rows[None, :] + inner[:, None]
+        y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, size, BLOCK_K):
+            if EVEN_K:
+                a, w = tl.load(a_at), tl.load(w_at)
+            else:
+                a = tl.load(a_at, mask=(inner < size - k)[None, :], other=0.0)
+                w = tl.load(w_at, mask=(inner < size - k)[:, None], other=0.0)
+            y = tl.dot(a, w, y, input_precision="ieee")
+            a_at += BLOCK_K
+            w_at += BLOCK_K
+        return y
+    else:
+        HALVES: tl.constexpr = 2 if FORMAT == "int4" else 1
+        a_at, w_at = a_rows[None, :] + inner[:, None], w_rows[:, None] + inner[None, :]
+        y = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        for k in range(0, size, HALVES * BLOCK_K):
+            if EVEN_K or FORMAT == "int4":  # whose rows are padded
+                raw = tl.load(w_at)
+            else:
+                raw = tl.load(w_at, mask=(inner < size - k)[None, :], other=0)
+            for half in tl.static_range(HALVES):
+                if EVEN_K:
+                    a = tl.load(a_at + half * BLOCK_K)
+                else:
+                    a = tl.load(a_at + half * BLOCK_K, mask=(inner < size - k - half * BLOCK_K)[:, None], other=0.0)
+                at = place + (k // GROUP + half * BLOCK_K // GROUP) * step
+                y = tl.dot(decoded(raw, scales, zeros, at, half, FORMAT, a.dtype), a, y, input_precision="ieee")
+            a_at += HALVES * BLOCK_K
+            w_at += BLOCK_K
+        return tl.trans(y)
 
 
 @triton.jit
@@ -277,19 +296,20 @@ def _gate_up_kernel(
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         slot, place, own, tile_n = _locate(tile, ends, tiles_m, tiles_n, offsets, slots, BLOCK_M, GROUP_M)
         token = (tl.load(order + place) // TOP_K).to(tl.int64)
-        # Rows of gate and up alternate, so that one product has both, next to each other in the same thread.
+        # Rows of gate and up alternate by eights, so that one product has both, and for a thread both of the same row.
         both = tl.arange(0, 2 * BLOCK_N)
-        row, matrix = tl.minimum(tile_n * BLOCK_N + both // 2, intermediate - 1), both % 2
-        inner = tl.arange(0, BLOCK_K)
-        a_at = x + token[:, None] * hidden + inner[None, :]
+        row, matrix = tl.minimum(tile_n * BLOCK_N + both // 16 * 8 + both % 8, intermediate - 1), both // 8 % 2
         stacked_row = (row + matrix * intermediate).to(tl.int64)
-        w_at = w_gate_up + slot * slot_stride + stacked_row[None, :] * row_length(hidden, FORMAT) + inner[:, None]
+        w_rows = w_gate_up + slot * slot_stride + stacked_row * row_length(hidden, FORMAT)
         scale_place, step = scale_places(matrix, row, intermediate, hidden, FORMAT, GROUP)
         s, z = scales + slot * scale_stride, zeros + slot * zero_stride
 
-        y = _product(a_at, w_at, s, z, scale_place, step, hidden, EVEN_K, FORMAT, GROUP, BLOCK_M, 2 * BLOCK_N, BLOCK_K)
-        gate, up = tl.split(tl.reshape(y, (BLOCK_M, BLOCK_N, 2)))
-        h = gate * tl.sigmoid(gate) * up
+        y = _product(
+            x + token * hidden, w_rows, s, z, scale_place, step, hidden,
+            EVEN_K, FORMAT, GROUP, BLOCK_M, 2 * BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        gate, up = tl.split(tl.permute(tl.reshape(y, (BLOCK_M, BLOCK_N // 8, 2, 8)), (0, 1, 3, 2)))
+        h = tl.reshape(gate * tl.sigmoid(gate) * up, (BLOCK_M, BLOCK_N))
         column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         to = out + place.to(tl.int64)[:, None] * intermediate + column[None, :]
         tl.store(to, h.to(out.dtype.element_ty), mask=own[:, None] & (column < intermediate)[None, :])
@@ -328,9 +348,7 @@ def _down_kernel(
         slot, place, own, tile_n = _locate(tile, ends, tiles_m, tiles_n, offsets, slots, BLOCK_M, GROUP_M)
         column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         row = tl.minimum(column, hidden - 1).to(tl.int64)
-        inner = tl.arange(0, BLOCK_K)
-        a_at = h + place.to(tl.int64)[:, None] * intermediate + inner[None, :]
-        w_at = w_down + slot * slot_stride + row[None, :] * row_length(intermediate, FORMAT) + inner[:, None]
+        w_rows = w_down + slot * slot_stride + row * row_length(intermediate, FORMAT)
         s, z = scales + slot * scale_stride, zeros + slot * zero_stride
         scale_place, step = scale_places(0, row, hidden, intermediate, FORMAT, GROUP)
         # Loaded here, so that they arrive during the loop.
@@ -338,8 +356,9 @@ def _down_kernel(
         factor = tl.load(weights + pair)
 
         y = _product(
-            a_at, w_at, s, z, scale_place, step, intermediate, EVEN_K, FORMAT, GROUP, BLOCK_M, BLOCK_N, BLOCK_K
-        )
+            h + place.to(tl.int64) * intermediate, w_rows, s, z, scale_place, step, intermediate,
+            EVEN_K, FORMAT, GROUP, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
         y *= factor[:, None]
         to = out + pair.to(tl.int64)[:, None] * hidden + column[None, :]
         tl.store(to, y.to(out.dtype.element_ty), mask=own[:, None] & (column < hidden)[None, :])
@@ -353,21 +372,22 @@ def _options(
     The tile is higher than an expert has pairs on average, so that most experts' weights are read once, within what
     tensor cores like. BLOCK_K, and with it the order of the additions, is the same for every pass and GPU.
     """
-    mean_pairs = triton.cdiv(pairs, num_experts)
+    mean_pairs, quantised = triton.cdiv(pairs, num_experts), form["FORMAT"] != "plain"
     if dtype == torch.float32:
         block_m, width, block_k, warps = 16, 64, 64 if form["FORMAT"] == "int4" else 32, 4
     else:
-        block_m = 128 if mean_pairs > 64 else min(max(triton.next_power_of_2(2 * mean_pairs), 16), 64)
-        # Only Hopper's tensor cores take both operands from shared memory; elsewhere the wide tile spills registers.
-        width = 256 if block_m >= 64 and capability == 90 else 128
-        warps = 8 if width == 256 or block_m == 128 else 4
+        # A quantised weight is decoded once for all of a tile's pairs, so Hopper's tile is as high as registers allow;
+        # a plain one is wide there, where tensor cores take both operands from shared memory; elsewhere that spills.
+        highest = 256 if quantised and capability == 90 else 128
+        block_m = highest if mean_pairs > 64 else min(max(triton.next_power_of_2(2 * mean_pairs), 16), 64)
+        width = 256 if block_m >= 64 and capability == 90 and not quantised else 128
+        warps = 8 if width == 256 or block_m >= 128 else 4
         block_k = 64
-    weight_bytes = dtype.itemsize if form["FORMAT"] == "plain" else 1
-    stage = (block_m * dtype.itemsize + width * weight_bytes) * block_k
+    stage = (block_m * dtype.itemsize + width * (1 if quantised else dtype.itemsize)) * block_k
     if form["FORMAT"] == "int4" and block_m < 64:
         form = form | {"maxnreg": 208}  # or else the compiler stops at 128 and spills
     return form | {
-        "EVEN_K": inner % block_k == 0,
+        "EVEN_K": inner % (2 * block_k if form["FORMAT"] == "int4" else block_k) == 0,
         "BLOCK_M": block_m,
         "BLOCK_N": width // matrices,
         "BLOCK_K": block_k,
@@ -381,8 +401,8 @@ def _options(
 def _programs(pairs: int, num_experts: int, outer: int, options: Form, device: torch.device) -> int:
     """Return how many programs share the tiles: as many as run at once, but no more than there can be tiles."""
     tiles_m = min(pairs, triton.cdiv(pairs, options["BLOCK_M"]) + num_experts)
-    large = options["BLOCK_M"] == 128 or options["BLOCK_M"] * options["num_warps"] == 64 * 8
-    at_once = multiprocessors(device) * (1 if large else 2 if "maxnreg" in options else 3)
+    large = options["BLOCK_M"] >= 128 or options["BLOCK_M"] * options["num_warps"] == 64 * 8
+    at_once = multiprocessors(device) * (1 if large else 3 if options["FORMAT"] == "plain" else 2)
     programs: int = min(tiles_m * triton.cdiv(outer, options["BLOCK_N"]), at_once)
     return programs
 

@@ -30,16 +30,17 @@ class ExpertSum:
         routing: the router's choice.
         num_experts: of the layer.
         intermediate_size: of an expert.
+        quantised: whether its weights are.
     """
 
-    def __init__(self, h: Tensor, routing: Routing, num_experts: int, intermediate_size: int) -> None:
+    def __init__(self, h: Tensor, routing: Routing, num_experts: int, intermediate_size: int, quantised: bool) -> None:
         self.h, self.routing, self.intermediate_size = h, routing, intermediate_size
         (tokens, hidden), top_k = h.shape, routing.experts.shape[1]
         pairs = tokens * top_k
         self.few_tokens = use_gemv(tokens, top_k, num_experts)
         if self.few_tokens:
-            self.up_splits = gemv_splits(hidden, 2 * intermediate_size, pairs)
-            down_splits = gemv_splits(intermediate_size, hidden, pairs)
+            self.up_splits = gemv_splits(hidden, 2 * intermediate_size, pairs, quantised)
+            down_splits = gemv_splits(intermediate_size, hidden, pairs, quantised)
             self.parts = h.new_empty(down_splits, pairs, hidden, dtype=torch.float32)
         else:
             self.order, self.offsets = group_by_expert(routing.experts, num_experts)

@@ -57,6 +57,11 @@ class ExpertFormat:
     row_bytes: int
     convert: Callable[[Matrix], Matrix]  # to the form whose `row_tensors` a row holds
 
+    @property
+    def quantised(self) -> bool:
+        """Whether the weights are not as the kernels multiply them."""
+        return self.name != "plain"
+
     def views(self, rows: Tensor) -> dict[str, Tensor]:
         """Return each tensor of `rows` (uint8 [n, row_bytes]) as a strided view [n, *shape] of the same memory."""
         assert rows.dtype == torch.uint8 and rows.shape[1] == self.row_bytes

@@ -234,12 +234,12 @@ class Plan:
 
     def _gemv_bytes(self) -> int:
         model = self.model
-        outer, hidden = 2 * model.moe_intermediate_size, model.hidden_size
+        outer, hidden, quantised = 2 * model.moe_intermediate_size, model.hidden_size, self.expert_format.quantised
         sizes = [0]
         for tokens in range(1, min(model.num_experts // model.top_k, self.pass_tokens) + 1):
             pairs = tokens * model.top_k
-            up = gemv_splits(hidden, outer, pairs) * outer
-            sizes.append(4 * pairs * (up + gemv_splits(outer // 2, hidden, pairs) * hidden))
+            up = gemv_splits(hidden, outer, pairs, quantised) * outer
+            sizes.append(4 * pairs * (up + gemv_splits(outer // 2, hidden, pairs, quantised) * hidden))
         return max(sizes)
 
     def as_dict(self) -> dict[str, object]:

@@ -155,7 +155,7 @@ def one_token(shape: Shape) -> list[Tensor]:
 def test_gate_up_gemv(benchmark: BenchmarkFixture, shape: Shape, form: str) -> None:
     gate_up, _, slots = matrices(shape, form)
     x = random(1, shape.hidden)
-    splits = gemv_splits(shape.hidden, 2 * shape.intermediate, shape.top_k)
+    splits = gemv_splits(shape.hidden, 2 * shape.intermediate, shape.top_k, form != "plain")
     out = torch.empty(splits, shape.top_k, 2 * shape.intermediate, device=DEVICE)
     w, *also = gate_up
     calls = [lambda e=experts: experts_gate_up_gemv(x, w, slots, e, out, *also) for experts in one_token(shape)]
@@ -166,9 +166,9 @@ def test_gate_up_gemv(benchmark: BenchmarkFixture, shape: Shape, form: str) -> N
 @decode_shapes
 def test_down_gemv(benchmark: BenchmarkFixture, shape: Shape, form: str) -> None:
     _, down, slots = matrices(shape, form)
-    partial = gemv_splits(shape.hidden, 2 * shape.intermediate, shape.top_k)
+    partial = gemv_splits(shape.hidden, 2 * shape.intermediate, shape.top_k, form != "plain")
     gate_up = random(partial, shape.top_k, 2 * shape.intermediate).float()
-    splits = gemv_splits(shape.intermediate, shape.hidden, shape.top_k)
+    splits = gemv_splits(shape.intermediate, shape.hidden, shape.top_k, form != "plain")
     out = torch.empty(splits, shape.top_k, shape.hidden, device=DEVICE)
     weights = torch.rand(1, shape.top_k, device=DEVICE)
     w, *also = down

@@ -203,7 +203,7 @@ def test_the_sum_over_quantised_experts_is_that_of_their_values(case: str, token
     for expert_format in (format_of(200, 72), plain_format(200, 72, torch.float32)):
         rows = layer.rows(expert_format)
         fill_layer(stored, expert_format, layer.sources, rows)
-        total = ExpertSum(h, routing, 4, 72)
+        total = ExpertSum(h, routing, 4, 72, expert_format.quantised)
         total.wave(expert_format.views(rows), torch.arange(4, dtype=torch.int32))
         totals.append(total.total())
     assert torch.equal(*totals)

@@ -15,6 +15,7 @@ from duomoe.kernels.expert_gemv import (
     experts_gate_up_gemv_reference,
     experts_gate_up_gemv_triton,
     gemv_splits,
+    part_length,
     use_gemv,
 )
 
@@ -124,11 +125,14 @@ def test_references_are_the_sum_over_experts(splits: tuple[int, int]) -> None:
     tokens=st.integers(0, 64),
     top_k=st.integers(1, 16),
     num_experts=st.integers(1, 512),
+    quantised=st.booleans(),
 )
-def test_choices_are_sound(inner: int, outer: int, tokens: int, top_k: int, num_experts: int) -> None:
-    splits = gemv_splits(inner, outer, tokens * top_k)
+def test_choices_are_sound(inner: int, outer: int, tokens: int, top_k: int, num_experts: int, quantised: bool) -> None:
+    splits = gemv_splits(inner, outer, tokens * top_k, quantised)
     assert 1 <= splits <= MAX_SPLITS
-    assert gemv_splits(inner, outer, tokens * top_k + 1) <= splits
+    assert gemv_splits(inner, outer, tokens * top_k + 1, quantised) <= splits
+    length = part_length(inner, splits)
+    assert (splits - 1) * length < inner <= splits * length, "a part is empty"
     assert use_gemv(tokens, top_k, num_experts) or not use_gemv(tokens + 1, top_k, num_experts)
 
 
@@ -155,7 +159,9 @@ def test_real_layers_in_bfloat16(shape: tuple[int, int, int, int], tokens: int) 
     hidden, intermediate, _, top_k = shape
     layer = expert_layer(0, torch.bfloat16, *shape, tokens, absent=0.25)
     pairs = tokens * top_k
-    assert_computed(layer, gemv_splits(hidden, 2 * intermediate, pairs), gemv_splits(intermediate, hidden, pairs))
+    assert_computed(
+        layer, gemv_splits(hidden, 2 * intermediate, pairs, False), gemv_splits(intermediate, hidden, pairs, False)
+    )
 
 
 @pytest.mark.gpu
@@ -164,4 +170,6 @@ def test_real_layers_in_bfloat16(shape: tuple[int, int, int, int], tokens: int) 
 def test_real_quantised_layers_in_bfloat16(shape: tuple[int, int, int, int], form: str) -> None:
     hidden, intermediate, _, top_k = shape
     layer = quantised(expert_layer(0, torch.bfloat16, *shape, 1, absent=0.25), form)
-    assert_computed(layer, gemv_splits(hidden, 2 * intermediate, top_k), gemv_splits(intermediate, hidden, top_k))
+    assert_computed(
+        layer, gemv_splits(hidden, 2 * intermediate, top_k, True), gemv_splits(intermediate, hidden, top_k, True)
+    )

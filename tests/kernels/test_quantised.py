@@ -58,7 +58,7 @@ def test_values_are_weights_times_scales_of_their_own(form: str, shape: tuple[in
 def _decode_kernel(raw: tl.tensor, scales: tl.tensor, out: tl.tensor, FORMAT: tl.constexpr) -> None:
     """One program decodes all 256 bytes, each a row of its own with a scale of its own."""
     place = tl.arange(0, 256)
-    value = decoded(tl.load(raw + place)[:, None], scales, scales, place, 0, 1, FORMAT, tl.float32)
+    value = decoded(tl.load(raw + place)[:, None], scales, scales, place, 0, FORMAT, tl.float32)
     tl.store(out + place[:, None], value)
 
 

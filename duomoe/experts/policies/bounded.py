@@ -28,7 +28,7 @@ class BoundedPolicy(Policy):
     def __init__(
         self, model: Model, store: ExpertStore, num_slots: int, link: Link, predictor: Predictor | None
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, store)
         pool = SlotPool(store.format, num_slots, model.device)
         self.residency = Residency(store, pool, link, self.traffic)
 

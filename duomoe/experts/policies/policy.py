@@ -9,6 +9,7 @@ from torch import Tensor
 
 from duomoe.experts.compute import ExpertSum, LayerSum
 from duomoe.experts.link import Traffic
+from duomoe.experts.store import ExpertStore
 from duomoe.models import Batch, LayerKV, Model, Routing
 
 
@@ -19,6 +20,7 @@ class Policy(ABC):
 
     Args:
         model: the non-expert part.
+        store: all experts.
 
     Attributes:
         can_be_captured: whether a decode step never waits for the host, so that a CUDA graph can hold it.
@@ -26,8 +28,9 @@ class Policy(ABC):
 
     can_be_captured = False
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, store: ExpertStore) -> None:
         self.model = model
+        self._quantised = store.format.quantised
         self.traffic = Traffic()
         # Sees every router's input [tokens, hidden] and choice, by the MoE layer's number: what traces are made of.
         self.observer: Callable[[int, Tensor, Routing], None] | None = None
@@ -91,7 +94,7 @@ class Policy(ABC):
         config = self.model.config
         return LayerSum(
             [
-                ExpertSum(h, routing, config.num_experts, config.moe_intermediate_size)
+                ExpertSum(h, routing, config.num_experts, config.moe_intermediate_size, self._quantised)
                 for h, routing in zip(inputs, routings, strict=True)
             ]
         )

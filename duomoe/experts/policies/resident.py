@@ -17,7 +17,7 @@ class Resident(Policy):
     can_be_captured = True
 
     def __init__(self, model: Model, store: ExpertStore) -> None:
-        super().__init__(model)
+        super().__init__(model, store)
         self.weights = [store.format.views(rows) for rows in store.layers]
         self.slots = torch.arange(store.num_experts, dtype=torch.int32, device=model.device)
         self.used = torch.zeros((), dtype=torch.int64, device=model.device)
