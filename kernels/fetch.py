@@ -295,9 +295,7 @@ def _move_chunk(
 
 
 @triton.jit
-def _copy_chunk(
-    source: tl.tensor, target: tl.tensor, chunk: tl.tensor, words: tl.tensor, CHUNK: tl.constexpr
-) -> None:
+def _copy_chunk(source: tl.tensor, target: tl.tensor, chunk: tl.tensor, words: tl.tensor, CHUNK: tl.constexpr) -> None:
     """Copy a block of words. Rows are read once, so past the L1 cache; slots are read soon, so they may stay."""
     at = chunk * (CHUNK // 4) + tl.arange(0, CHUNK // 4)
     value = tl.load(source + at, mask=at < words, cache_modifier=".cg")

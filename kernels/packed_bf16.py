@@ -224,7 +224,12 @@ def expand_bf16_triton(packed: Tensor, out: Tensor) -> None:
     assert values % ALIGNMENT == 0 and packed.shape[1] % ALIGNMENT == 0, "rows are in lines of 128"
     if rows > 0:
         _expand_kernel[(triton.cdiv(values, BLOCK), rows)](
-            packed.view(torch.int32), out.view(torch.int32), packed.stride(0) // 4, out.stride(0) // 2, values, **_OPTIONS
+            packed.view(torch.int32),
+            out.view(torch.int32),
+            packed.stride(0) // 4,
+            out.stride(0) // 2,
+            values,
+            **_OPTIONS,
         )
 
 
