@@ -27,9 +27,9 @@ LAYERS, EXPERTS, SLOTS = 2, 3, 5
 ROW_BYTES = [256, 2 * CHUNK + 512, (LANES + 3) * CHUNK - 256]
 # The same for a layer of packed rows, of which a chunk is a block of values of 2 bytes, beside a layer of plain ones.
 PACKED_ROW_BYTES = [2048, 4 * BLOCK + 512, 2 * (LANES + 3) * BLOCK - 256]
-ROWS = [(size, False) for size in ROW_BYTES] + [(size, True) for size in PACKED_ROW_BYTES]
 
 Entry = tuple[int, int, int]
+each_form = pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 few = settings(deadline=None, max_examples=5, suppress_health_check=list(HealthCheck))
 CPU = torch.device("cpu")
 each_fetch = pytest.mark.parametrize(("call", "device"), [(fetch_reference, CPU), (fetch_triton, DEVICE)])
@@ -117,6 +117,10 @@ class Rows:
         call(self.table, EXPERTS, self.entries(entries), *tensors)
 
 
+def sizes_of(packed: bool) -> st.SearchStrategy[int]:
+    return st.sampled_from(PACKED_ROW_BYTES if packed else ROW_BYTES)
+
+
 @st.composite
 def lists(draw: st.DrawFn) -> list[Entry]:
     """Distinct experts in distinct slots, some of them to be resumed."""
@@ -142,12 +146,13 @@ def copy_some(rows: Rows, entries: list[Entry], seed: int) -> int:
 
 
 @each_fetch
+@each_form
 @few
-@given(sizes=st.sampled_from(ROWS), entries=lists(), seed=st.integers(0, 99))
+@given(data=st.data(), entries=lists(), seed=st.integers(0, 99))
 def test_fetch_completes_every_row(
-    call: Callable[..., None], device: torch.device, sizes: tuple[int, bool], entries: list[Entry], seed: int
+    call: Callable[..., None], device: torch.device, packed: bool, data: st.DataObject, entries: list[Entry], seed: int
 ) -> None:
-    rows = Rows(sizes[0], device, seed, sizes[1])
+    rows = Rows(data.draw(sizes_of(packed)), device, seed, packed)
     present = copy_some(rows, entries, seed)
     pool, progress = rows.pool.clone(), rows.progress.clone()
     for expert, slot, _ in entries:
@@ -160,12 +165,10 @@ def test_fetch_completes_every_row(
 
 
 @each_fetch
-@pytest.mark.parametrize("sizes", [(ROW_BYTES[-1], False), (PACKED_ROW_BYTES[-1], True)], ids=["plain", "packed"])
-def test_fetch_copies_only_what_is_missing(
-    call: Callable[..., None], device: torch.device, sizes: tuple[int, bool]
-) -> None:
+@each_form
+def test_fetch_copies_only_what_is_missing(call: Callable[..., None], device: torch.device, packed: bool) -> None:
     """What progress says is there is taken as it is: here it is not what the row has, and stays."""
-    rows = Rows(sizes[0], device, packed=sizes[1])
+    rows = Rows(PACKED_ROW_BYTES[-1] if packed else ROW_BYTES[-1], device, packed=packed)
     rows.progress[4] = 1
     before = rows.pool[4].cpu()
     rows.fetch(call, [(2, 4, 1)])
@@ -178,12 +181,13 @@ def test_fetch_copies_only_what_is_missing(
 
 
 @each_fetch_ahead
+@each_form
 @few
-@given(sizes=st.sampled_from(ROWS), entries=lists(), seed=st.integers(0, 99))
+@given(data=st.data(), entries=lists(), seed=st.integers(0, 99))
 def test_fetch_ahead_is_counted_apart(
-    call: Callable[..., None], device: torch.device, sizes: tuple[int, bool], entries: list[Entry], seed: int
+    call: Callable[..., None], device: torch.device, packed: bool, data: st.DataObject, entries: list[Entry], seed: int
 ) -> None:
-    rows = Rows(sizes[0], device, seed, sizes[1])
+    rows = Rows(data.draw(sizes_of(packed)), device, seed, packed)
     present = copy_some(rows, entries, seed)
     pool = rows.pool.clone()
     for expert, slot, _ in entries:
@@ -195,12 +199,13 @@ def test_fetch_ahead_is_counted_apart(
 
 
 @each_fetch_ahead
+@each_form
 @few
-@given(sizes=st.sampled_from(ROWS), entries=lists(), seed=st.integers(0, 99))
+@given(data=st.data(), entries=lists(), seed=st.integers(0, 99))
 def test_fetch_ahead_stops_at_once_when_the_clock_has_moved(
-    call: Callable[..., None], device: torch.device, sizes: tuple[int, bool], entries: list[Entry], seed: int
+    call: Callable[..., None], device: torch.device, packed: bool, data: st.DataObject, entries: list[Entry], seed: int
 ) -> None:
-    rows = Rows(sizes[0], device, seed, sizes[1])
+    rows = Rows(data.draw(sizes_of(packed)), device, seed, packed)
     copy_some(rows, entries, seed)
     rows.clock += 1
     pool, progress = rows.pool.clone(), rows.progress.clone()
@@ -213,12 +218,10 @@ def test_fetch_ahead_stops_at_once_when_the_clock_has_moved(
 
 
 @each_fetch_ahead
-@pytest.mark.parametrize("sizes", [(ROW_BYTES[-1], False), (PACKED_ROW_BYTES[-1], True)], ids=["plain", "packed"])
-def test_fetch_ahead_stops_between_two_chunks(
-    call: Callable[..., None], device: torch.device, sizes: tuple[int, bool]
-) -> None:
+@each_form
+def test_fetch_ahead_stops_between_two_chunks(call: Callable[..., None], device: torch.device, packed: bool) -> None:
     """The clock lies where lane 3 copies its first chunk to, so it moves on the way; fetch then does the rest."""
-    rows = Rows(sizes[0], device, packed=sizes[1])
+    rows = Rows(PACKED_ROW_BYTES[-1] if packed else ROW_BYTES[-1], device, packed=packed)
     rows.clock = rows.pool[0, 3 * rows.chunk(1) :][:8].view(torch.int64)
     rows.issued = rows.clock.clone()
     before = rows.pool.clone()
@@ -248,7 +251,7 @@ def check_partial(rows: Rows, expert: int, slot: int, before: Tensor) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@each_form
 def test_a_clock_that_moves_meanwhile_stops_the_kernel(packed: bool) -> None:
     """Another stream moves the clock during a long fetch; fetch then completes the rows, bit for bit."""
     row_bytes = 64 << 20

@@ -89,6 +89,13 @@ def test_zeros_come_back_and_need_no_patches(expand: Expand) -> None:
     assert_comes_back(rows, expand)
 
 
+@expanders
+def test_every_block_has_its_own_patches(expand: Expand) -> None:
+    rows = weights(2, 2, 3 * BLOCK + 384)
+    rows[0, 5::999], rows[1, 9::101] = 0x0101, 0x0202  # far below the others, and elsewhere in each block
+    assert_comes_back(rows, expand)
+
+
 @settings(few, max_examples=12)
 @given(first=st.integers(0, 6), more=st.integers(0, 6))
 def test_blocks_are_expanded_by_themselves(first: int, more: int) -> None:
