@@ -38,7 +38,11 @@ def parser() -> argparse.ArgumentParser:
     sampling.add_argument("--stop", action="append", default=[], metavar="STR", help="end before this text; repeatable")
     sampling.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of streaming text")
-    p.add_argument("--verbose", action="store_true", help="show the memory plan and quantisation errors, on stderr")
+    p.add_argument(
+        "--verbose",
+        action="store_true",
+        help="show the memory plan, quantisation errors and layers that do not pack, on stderr",
+    )
     return p
 
 
@@ -70,6 +74,8 @@ def _run(args: argparse.Namespace) -> None:
         if any(llm.quantisation_errors):
             each = zip(llm.config.moe_layers, llm.quantisation_errors, strict=True)
             say("experts' error by quantisation: " + ", ".join(f"layer {n} {100 * error:.2f} %" for n, error in each))
+        if llm.unpacked_layers:
+            say("experts that do not pack and stay plain: layer " + ", ".join(map(str, llm.unpacked_layers)))
     completion = _generate(llm, prompt, params, args.chat, show=not args.json)
     if args.json:
         write(json.dumps(as_json(completion, llm, prompt), ensure_ascii=False) + "\n")

@@ -130,9 +130,13 @@ class LLM:
             device if resident else torch.device("cpu"),
             pinned=not resident and device.type == "cuda",
         )
-        assert store.num_bytes == (plan.slot_bytes if resident else plan.store_bytes), "the store is not as planned"
         # Of each layer with experts; all 0 where they are as the checkpoint stores them.
         self.quantisation_errors = load_weights(folder, model, store, quiet)
+        store_bytes = plan.num_experts * plan.row_bytes  # of packed rows, at most
+        assert store.num_bytes == store_bytes or plan.expert_format.packed, "the store is not as planned"
+        layers = zip(self.config.moe_layers, store.packed, strict=True)
+        # Those that were to be packed and do not pack.
+        self.unpacked_layers = [layer for layer, packed in layers if plan.expert_format.packed and not packed]
         model.share_equal_head()
         if device.type == "cuda":
             torch.cuda.empty_cache()  # what comparing the heads took is not to count beside what follows
@@ -141,7 +145,9 @@ class LLM:
         if resident:
             self.policy = Resident(model, store)
         else:
-            link = open_link(device, self.engine_config.pace())
+            staging_bytes = store.largest_packed_row
+            assert 2 * staging_bytes <= plan.staging_bytes or device.type == "cpu", "staging is not as planned"
+            link = open_link(device, self.engine_config.pace(), staging_bytes)
             predictor = self._predictor(folder, model) if plan.policy in PREDICTED else None
             bounded = BOUNDED[plan.policy](model, store, plan.num_slots, link, predictor)
             assert bounded.residency.pool.rows.nbytes == plan.slot_bytes, "the slots are not as planned"
@@ -158,7 +164,7 @@ class LLM:
         self.memory = {
             "weights_bytes": model.num_bytes,  # less than planned where the head turned out to be the embedding
             "expert_slots_bytes": plan.slot_bytes,
-            "expert_store_bytes": plan.store_bytes,
+            "expert_store_bytes": 0 if resident else store.num_bytes,
             "kv_cache_bytes": plan.kv_bytes,
         }
 

@@ -1,12 +1,13 @@
 """Loading: a checkpoint's weights into a model and the store of its experts, converted on their way where need be.
 
-What is plain and stays plain is read straight into its place. All else is read matrix by matrix, converted and put
-there, several at a time; so nothing is ever held twice.
+What is plain and stays plain is read straight into its place. Quantised matrices are read one by one, converted and
+put there, several at a time; experts that are packed are read layer by layer. Nothing else is ever held twice.
 """
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -48,12 +49,20 @@ def load_weights(folder: ModelFolder, model: Model, store: ExpertStore, quiet: b
     for name, view in model.destinations():
         (quantised if stored.is_quantised(name, tuple(view.shape)) else direct).append((name, view))
     experts = expert_tensors(architecture, config)
-    converted = store.format.name != "plain" or any(stored.is_quantised(*tensor) for tensor in experts)
-    if not converted:
-        direct += _places_of_experts(folder, store)
+    packed = store.format.packed
+    converted = not packed and (store.format.name != "plain" or any(stored.is_quantised(*tensor) for tensor in experts))
+    if not converted and not packed:
+        for layer, rows in zip(config.moe_layers, store.layers, strict=True):
+            direct += _places_of_experts(folder, store, layer, rows)
     folder.checkpoint.load(direct, quiet)
     _dequantise(stored, quantised)
     errors = [0.0] * len(config.moe_layers)
+    if packed:
+        # Zeros between a row's tensors, where nothing is read, are packed like any others.
+        rows = torch.zeros(config.num_experts, store.format.row_bytes, dtype=torch.uint8)
+        for layer in tqdm(config.moe_layers, "packing experts", disable=quiet, leave=False, unit="layer"):
+            folder.checkpoint.load(_places_of_experts(folder, store, layer, rows), quiet=True)
+            store.add(rows)
     if converted:
         layers = list(zip(config.moe_layers, store.layers, strict=True))
         for index, (layer, rows) in enumerate(tqdm(layers, "experts", disable=quiet, leave=False, unit="layer")):
@@ -62,13 +71,12 @@ def load_weights(folder: ModelFolder, model: Model, store: ExpertStore, quiet: b
     return errors
 
 
-def _places_of_experts(folder: ModelFolder, store: ExpertStore) -> Iterator[Place]:
-    """Yield each expert tensor's name in the checkpoint and its place in a store of plain rows."""
-    for layer, rows in zip(folder.config.moe_layers, store.layers, strict=True):
-        views = store.format.views(rows)
-        for expert in range(store.num_experts):
-            for name, sources in folder.architecture.expert_sources(folder.config, layer, expert).items():
-                yield from stacked(sources, views[name][expert])
+def _places_of_experts(folder: ModelFolder, store: ExpertStore, layer: int, rows: Tensor) -> Iterator[Place]:
+    """Yield each tensor of a layer's experts by its name in the checkpoint, and its place in the layer's plain rows."""
+    views = store.format.views(rows)
+    for expert in range(store.num_experts):
+        for name, sources in folder.architecture.expert_sources(folder.config, layer, expert).items():
+            yield from stacked(sources, views[name][expert])
 
 
 def _dequantise(stored: StoredMatrices, places: list[Place]) -> None:

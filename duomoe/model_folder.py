@@ -9,14 +9,14 @@ import torch
 
 from duomoe.checkpoint import Checkpoint
 from duomoe.errors import InputError
-from duomoe.experts.format import ExpertFormat, fp8_format, int4_format, plain_format
+from duomoe.experts.format import ExpertFormat, fp8_format, int4_format, packed_format, plain_format
 from duomoe.experts.stored import StoredMatrices
 from duomoe.models import architecture_of
 from duomoe.models.model import dense_tensors, expected_tensors, expert_tensors
 
 EMBEDDED_MODEL = Path(__file__).parent / "assets"
 
-EXPERT_DTYPES = ("auto", "plain", "fp8", "int4")
+EXPERT_DTYPES = ("auto", "plain", "bf16-packed", "fp8", "int4")
 
 # Of experts that are quantised while they are loaded.
 INT4_GROUP = 128
@@ -56,7 +56,8 @@ class ModelFolder:
             dtype: of activations, and of plain experts.
 
         Raises:
-            InputError: for 'auto', when the checkpoint does not store all experts alike.
+            InputError: for 'auto', when the checkpoint does not store all experts alike; for 'bf16-packed', when they
+                are not to be plain bfloat16.
         """
         forms = {("plain", dtype)}
         if self.config.quantization is not None:
@@ -71,6 +72,15 @@ class ModelFolder:
         size = self.config.hidden_size, self.config.moe_intermediate_size
         if expert_dtype == "plain":
             return plain_format(*size, dtype)
+        if expert_dtype == "bf16-packed":
+            if dtype != torch.bfloat16:
+                raise InputError(f"--expert-dtype bf16-packed packs bfloat16, not {dtype}; add --dtype bfloat16")
+            if any(form != "plain" for form, _ in forms):
+                raise InputError(
+                    f"{self.checkpoint.path}: its experts are stored quantised, smaller than bf16-packed; leave "
+                    f"--expert-dtype out"
+                )
+            return packed_format(*size)
         if expert_dtype == "fp8":
             return fp8_format(*size)
         scales = {scale for form, scale in forms if form == "int4"}

@@ -2,20 +2,23 @@
 
 A bfloat16 has a sign, eight bits of exponent and seven of mantissa. Weights that lie together have exponents close to
 the largest of them: of normally distributed ones, all but one or two in 10,000 are within 15 binades. So a block of
-4,096 values keeps its largest exponent (the base), for each value sign and mantissa in a byte and the exponent's
-distance from the base in four bits, and for the few values that are further off (15 in the four bits, zeros among
-them) a patch: where it is in the block, and its exponent. Any bits come back as they were.
+16,384 values keeps its largest exponent less 15 (the floor), for each value sign and mantissa in a byte, and in four
+bits how far its exponent is above the floor (the code), or 0 for an exponent of 0. The few other values, further down,
+are patches: where in the block, and all their bits. Any bits come back as they were.
 
-A packed row is, each part 256-byte aligned: sign and mantissa, a byte per value; distances, of which byte j of a block
-holds that of value j in its low half and that of value 2,048 + j in its high half; bases, a byte per block; for each
-block where its patches end (int32); and the patches of all blocks in order, int32 `place | exponent << 12`. Room for
-them is a 1,024th of the values, or 256. A row that needs more does not pack.
+A packed row is, of a multiple of 128 values: the blocks; an int32 for each, `floor | end << 8`, where `end` is how many
+patches it and those before it have; and the patches in the order of blocks, int32 `place + bits * 16384`. A block of n
+values (the last one may be shorter) is three times n / 4 int16. With q the place in these, and in the quarters of the
+block: the bytes of value q of the first two quarters; those of the last two; and the codes of all four, the first
+quarter's always lowest. So a word of 32 bits of each becomes a word, two values, of each quarter.
+
+Rows are multiples of 128 bytes, because GPUs read the host's memory in lines of so many. How many patches there is room
+for is the same for all rows of a layer. A row of which more than a 64th of the values are patches does not pack.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,95 +26,119 @@ from torch import Tensor
 from duomoe.kernels.configuration import Configuration
 from duomoe.kernels.operator import operator
 
-BLOCK = 4096
-ESCAPE = 15
-ALIGNMENT = 256
+BLOCK = 16384
+BINADES = 15
+ALIGNMENT = 128
+PATCHED_SHARE = 64
 
-# Rows are packed so many blocks at a time: what is held besides fits into a core's cache.
-SLICE = 16
-
-
-@dataclass(frozen=True)
-class PackedLayout:
-    """Where the parts of a packed row begin, in bytes."""
-
-    blocks: int
-    patches: int  # room for so many
-    distances_at: int
-    bases_at: int
-    ends_at: int
-    patches_at: int
-    row_bytes: int
-
-    def parts(self, row: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return the parts of a packed row, uint8 [row_bytes], by block: [blocks, …], and the patches as they are."""
-        ends = row[self.ends_at : self.ends_at + 4 * self.blocks].view(torch.int32)
-        return (
-            row[: self.blocks * BLOCK].view(-1, BLOCK),
-            row[self.distances_at : self.distances_at + self.blocks * BLOCK // 2].view(-1, BLOCK // 2),
-            row[self.bases_at : self.bases_at + self.blocks],
-            ends,
-            row[self.patches_at : self.patches_at + 4 * self.patches].view(torch.int32),
-        )
+# Rows are packed and expanded so many blocks at a time: what is held besides fits into a core's cache.
+SLICE = 4
 
 
-def packed_layout(values: int) -> PackedLayout:
-    """Return how a row of so many bfloat16 values is packed."""
-    blocks, patches = -(-values // BLOCK), max(values // 1024, 256)
-    offsets = [0]
-    for size in (blocks * BLOCK, blocks * BLOCK // 2, blocks, 4 * blocks, 4 * patches):
-        offsets.append(-(-(offsets[-1] + size) // ALIGNMENT) * ALIGNMENT)
-    return PackedLayout(blocks, patches, *offsets[1:])
+def packed_bytes(values: int, patches: int) -> int:
+    """Return the bytes of a packed row of so many values, a multiple of 128, with room for so many patches."""
+    assert values % ALIGNMENT == 0 and values < 2**29
+    size = values * 3 // 2 + 4 * (-(-values // BLOCK) + patches)
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def pack_bf16(values: Tensor, packed: Tensor) -> bool:
+def most_patches(values: int) -> int:
+    """Return how many patches a row of so many values may have; one that needs more does not pack."""
+    return values // PATCHED_SHARE
+
+
+def _sections(values: int, first: int, last: int) -> Iterator[tuple[int, int, int]]:
+    """Yield blocks of a row, from `first` up to `last`, in groups of equal ones: the first, how many, their values."""
+    full = min(values // BLOCK, last)
+    for block in range(first, full, SLICE):
+        yield block, min(SLICE, full - block), BLOCK
+    if last > full:
+        yield full, 1, values - full * BLOCK
+
+
+def _body(packed: Tensor, section: tuple[int, int, int]) -> Tensor:
+    """Return a view of a section of a packed row, int16 [blocks, 3, n / 4]."""
+    block, count, size = section
+    return packed[block * BLOCK * 3 // 2 :][: count * size * 3 // 2].view(torch.int16).view(count, 3, -1)
+
+
+def _tables(packed: Tensor, values: int) -> tuple[Tensor, Tensor]:
+    """Return views of a packed row: what is known of each block, and the patches, int32."""
+    tables = packed[values * 3 // 2 :].view(torch.int32)
+    blocks = -(-values // BLOCK)
+    return tables[:blocks], tables[blocks:]
+
+
+def _bits(values: Tensor, section: tuple[int, int, int]) -> Tensor:
+    """Return a view of a section of bfloat16 [values] as its bits by quarters, int16 [blocks, 4, n / 4]."""
+    block, count, size = section
+    return values[block * BLOCK :][: count * size].view(torch.int16).view(count, 4, -1)
+
+
+def _codes(bits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return of bits, int16 [blocks, 4, n / 4], the floors [blocks, 1, 1], the codes, and which values are patches."""
+    exponent = bits >> 7 & 255
+    floor = (exponent.amax((1, 2), keepdim=True) - BINADES).clamp_(min=0)
+    code = (exponent - floor).clamp_(min=0)
+    return floor, code, (code == 0) & (exponent != 0)
+
+
+def count_patches(values: Tensor) -> int:
+    """Return how many patches a row on the host needs, bfloat16 [values]."""
+    blocks = -(-len(values) // BLOCK)
+    patched = (_codes(_bits(values, section))[2] for section in _sections(len(values), 0, blocks))
+    return sum(int(each.sum()) for each in patched)  # host-sync ok: rows are packed on the host
+
+
+def pack_bf16(values: Tensor, packed: Tensor) -> None:
     """Pack a row on the host.
 
     Args:
         values: bfloat16 [values].
-        packed: uint8 [packed_layout(len(values)).row_bytes], overwritten.
-
-    Returns:
-        Whether it fits; if not, `packed` holds nothing of use.
+        packed: uint8 [row bytes], overwritten; has room for the patches (`packed_bytes`).
     """
-    layout = packed_layout(len(values))
-    signs_and_mantissas, distances, bases, ends, patches = layout.parts(packed)
+    blocks, patches = _tables(packed, len(values))
     used = 0
-    for first in range(0, layout.blocks, SLICE):
-        last = min(first + SLICE, layout.blocks)
-        bits = values[first * BLOCK : last * BLOCK].view(torch.int16)
-        filling = (last - first) * BLOCK - len(bits)
-        bits = F.pad(bits, (0, filling)).view(-1, BLOCK)
-        exponent = bits >> 7 & 255
-        base = exponent.amax(1, keepdim=True)
-        distance = base - exponent
-        distance[-1, BLOCK - filling :] = 0  # what fills the last block up needs no patches
-        escapes = distance >= ESCAPE
-        block, place = escapes.nonzero(as_tuple=True)
-        if used + len(place) > layout.patches:
-            return False
-        patches[used : used + len(place)] = place | exponent[block, place].long() << 12
-        ends[first:last] = used + escapes.sum(1).cumsum(0)
+    for section in _sections(len(values), 0, len(blocks)):
+        bits, body = _bits(values, section), _body(packed, section)
+        floor, code, patched = _codes(bits)
+        byte = bits >> 8 & 128 | bits & 127
+        body[:, :2] = byte[:, ::2] | byte[:, 1::2] << 8
+        body[:, 2] = code[:, 0] | code[:, 1] << 4 | code[:, 2] << 8 | code[:, 3] << 12
+        block, place = patched.flatten(1).nonzero(as_tuple=True)
+        patches[used : used + len(place)] = place + (bits.flatten(1)[block, place].long() & 0xFFFF) * BLOCK
+        ends = used + patched.sum((1, 2)).cumsum(0)
+        blocks[section[0] : section[0] + section[1]] = floor[:, 0, 0] | ends << 8
         used += len(place)
-        distance = distance.clamp_(max=ESCAPE)
-        signs_and_mantissas[first:last] = bits >> 8 & 128 | bits & 127
-        distances[first:last] = distance[:, : BLOCK // 2] | distance[:, BLOCK // 2 :] << 4
-        bases[first:last] = base[:, 0]
-    return True
+
+
+def expand_blocks(packed: Tensor, out: Tensor, first: int, last: int) -> None:
+    """Expand blocks of a row on the host, from `first` up to `last`.
+
+    Args:
+        packed: uint8 [row bytes].
+        out: bfloat16 [values], written where those blocks are.
+    """
+    if first == last:
+        return
+    blocks, patches = _tables(packed, len(out))
+    for section in _sections(len(out), first, last):
+        body = _body(packed, section)
+        floor = blocks[section[0] : section[0] + section[1], None, None].to(torch.int16) & 255
+        byte = torch.stack((body[:, :2] & 255, body[:, :2] >> 8), 2).flatten(1, 2)
+        code = torch.stack([body[:, 2] >> shift & 15 for shift in (0, 4, 8, 12)], 1)
+        exponent = (floor + code).masked_fill_(code == 0, 0)
+        _bits(out, section).copy_((byte & 128) << 8 | exponent << 7 | byte & 127)
+    ends = [0, *(blocks >> 8).tolist()]  # host-sync ok: on the host
+    for block in range(first, last):
+        patch = patches[ends[block] : ends[block + 1]]
+        out.view(torch.int16)[block * BLOCK + patch % BLOCK] = (patch // BLOCK).to(torch.int16)
 
 
 def expand_bf16_reference(packed: Tensor, out: Tensor) -> None:
     """Compute `expand_bf16` with plain PyTorch, row by row."""
-    layout = packed_layout(out.shape[1])
     for row, target in zip(packed, out, strict=True):
-        signs_and_mantissas, distances, bases, ends, patches = layout.parts(row)
-        exponent = bases[:, None].int() - torch.cat((distances & 15, distances >> 4), 1).int()
-        patches = patches[: int(ends[-1])]  # host-sync ok: the reference runs on the CPU
-        block = torch.searchsorted(ends, torch.arange(len(patches), device=ends.device, dtype=torch.int32), right=True)
-        exponent[block, patches & (BLOCK - 1)] = patches >> 12
-        byte = signs_and_mantissas.int()
-        bits = (byte & 128) << 8 | exponent << 7 | byte & 127
-        target.copy_(bits.flatten()[: len(target)].to(torch.int16).view(torch.bfloat16))
+        expand_blocks(row, target, 0, -(-len(target) // BLOCK))
 
 
 @operator(mutates_args=("out",))
@@ -119,8 +146,8 @@ def expand_bf16(packed: Tensor, out: Tensor) -> None:
     """Expand packed rows.
 
     Args:
-        packed: uint8 [rows, packed_layout(values).row_bytes].
-        out: bfloat16 [rows, values], written.
+        packed: uint8 [rows, row bytes].
+        out: bfloat16 [rows, values], written; `values` is a multiple of 128.
     """
     expand_bf16_reference(packed, out)
 
@@ -131,10 +158,46 @@ def _(packed: Tensor, out: Tensor) -> None:
 
 
 @triton.jit
-def _expanded(byte: tl.tensor, exponent: tl.tensor) -> tl.tensor:
-    """Return the bits of bfloat16 values, int16, of their signs and mantissas and their exponents."""
-    byte = byte.to(tl.int32)
-    return ((byte & 128) << 8 | exponent << 7 | byte & 127).to(tl.int16)
+def _expanded(byte: tl.tensor, code: tl.tensor, floor: tl.tensor) -> tl.tensor:
+    """Return the bits of two values in a word, of what words have in the lower half of each half; floor is in both."""
+    code = code & 0x000F000F
+    not_zero = ((code + 0x000F000F) >> 4 & 0x00010001) * 255
+    return (byte & 0x00800080) << 8 | ((floor + code) & not_zero) << 7 | byte & 0x007F007F
+
+
+@triton.jit
+def expand_block(row: tl.tensor, out: tl.tensor, values: tl.tensor, block: tl.tensor, BLOCK: tl.constexpr) -> None:
+    """Expand one block of a packed row at `row` into the row at `out`, both in words of 4 bytes.
+
+    Packed rows are read once, so past the L1 cache. All that has a known place is asked for at once; the patches, which
+    overwrite what the others have stored, are another wait.
+    """
+    quarter = tl.multiple_of(tl.minimum(values - block * BLOCK, BLOCK) // 8, 16)
+    blocks = row + values // 8 * 3
+    body = row + block * (BLOCK // 8 * 3)
+    place = tl.arange(0, BLOCK // 8)
+    mine = place < quarter
+    known = tl.load(blocks + block)
+    begin = tl.load(blocks + block - 1, mask=block > 0, other=0) >> 8
+    first = tl.load(body + place, mask=mine, cache_modifier=".cg")
+    second = tl.load(body + quarter + place, mask=mine, cache_modifier=".cg")
+    codes = tl.load(body + 2 * quarter + place, mask=mine, cache_modifier=".cg")
+
+    floor = (known & 255) * 0x00010001
+    to = out + block * (BLOCK // 2)
+    tl.store(to + place, _expanded(first, codes, floor), mask=mine)
+    tl.store(to + quarter + place, _expanded(first >> 8, codes >> 4, floor), mask=mine)
+    tl.store(to + 2 * quarter + place, _expanded(second, codes >> 8, floor), mask=mine)
+    tl.store(to + 3 * quarter + place, _expanded(second >> 8, codes >> 12, floor), mask=mine)
+    # A patch may lie where another thread has stored.
+    tl.debug_barrier()
+    patches = blocks + tl.cdiv(values, BLOCK)
+    patched = to.to(tl.pointer_type(tl.int16))
+    for start in range(begin, known >> 8, 128):
+        index = start + tl.arange(0, 128)
+        there = index < known >> 8
+        patch = tl.load(patches + index, mask=there, other=0)
+        tl.store(patched + patch % BLOCK, (patch // BLOCK).to(tl.int16), mask=there)
 
 
 @triton.jit
@@ -144,56 +207,34 @@ def _expand_kernel(
     packed_stride: tl.tensor,
     out_stride: tl.tensor,
     values: tl.tensor,
-    distances_at: tl.tensor,
-    bases_at: tl.tensor,
-    ends_at: tl.tensor,
-    patches_at: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Each program expands one block of one row; the patches go into the registers, before anything is stored."""
-    block = tl.program_id(0)
-    row = packed + tl.program_id(1).to(tl.int64) * packed_stride
-    HALF: tl.constexpr = BLOCK // 2
-    place = tl.arange(0, HALF)
-    low_byte = tl.load(row + block * BLOCK + place)
-    high_byte = tl.load(row + block * BLOCK + HALF + place)
-    distance = tl.load(row + distances_at + block * HALF + place).to(tl.int32)
-    base = tl.load(row + bases_at + block).to(tl.int32)
-    low, high = base - (distance & 15), base - (distance >> 4)
+    """Each program expands one block of one row; strides are in words of 4 bytes."""
+    row = tl.program_id(1).to(tl.int64)
+    expand_block(packed + row * packed_stride, out + row * out_stride, values, tl.program_id(0), BLOCK)
 
-    ends = (row + ends_at).to(tl.pointer_type(tl.int32))
-    patches = (row + patches_at).to(tl.pointer_type(tl.int32))
-    begin = tl.load(ends + block - 1, mask=block > 0, other=0)
-    for index in range(begin, tl.load(ends + block)):
-        patch = tl.load(patches + index)
-        low = tl.where(place == patch % BLOCK, patch >> 12, low)
-        high = tl.where(place + HALF == patch % BLOCK, patch >> 12, high)
 
-    first = block * BLOCK + place
-    to = out + tl.program_id(1).to(tl.int64) * out_stride + first
-    tl.store(to, _expanded(low_byte, low), mask=first < values)
-    tl.store(to + HALF, _expanded(high_byte, high), mask=first + HALF < values)
+_OPTIONS = {"BLOCK": BLOCK, "num_warps": 4}
 
 
 @expand_bf16.register_cuda
 def expand_bf16_triton(packed: Tensor, out: Tensor) -> None:
     """Launch the kernel of `expand_bf16`."""
-    layout = packed_layout(out.shape[1])
-    if len(out) > 0:
-        _expand_kernel[(layout.blocks, len(out))](
-            packed, out.view(torch.int16), packed.stride(0), out.stride(0), out.shape[1],
-            layout.distances_at, layout.bases_at, layout.ends_at, layout.patches_at, BLOCK=BLOCK, num_warps=4,
-        )  # fmt: skip
+    rows, values = out.shape
+    assert values % ALIGNMENT == 0 and packed.shape[1] % ALIGNMENT == 0, "rows are in lines of 128"
+    if rows > 0:
+        _expand_kernel[(triton.cdiv(values, BLOCK), rows)](
+            packed.view(torch.int32),
+            out.view(torch.int32),
+            packed.stride(0) // 4,
+            out.stride(0) // 2,
+            values,
+            **_OPTIONS,
+        )
 
 
 def configurations(dtype: torch.dtype, capability: int) -> list[Configuration]:
     """List the one configuration there is; it is for bfloat16, and the same for every GPU."""
-    types = {
-        "packed": "*u8:16",
-        "out": "*i16:16",
-        "values": "i32:16",
-        "packed_stride": "i32:16",
-        "out_stride": "i32:16",
-    }
-    types |= dict.fromkeys(("distances_at", "bases_at", "ends_at", "patches_at"), "i32:16")
-    return [Configuration(_expand_kernel, types, {"BLOCK": BLOCK, "num_warps": 4})]
+    types = {"packed": "*i32:16", "out": "*i32:16"}
+    types |= dict.fromkeys(("packed_stride", "out_stride", "values"), "i32:16")
+    return [Configuration(_expand_kernel, types, _OPTIONS)]

@@ -115,6 +115,8 @@ class DeviceFetcher(Fetcher):
         self.clock = clock
         self.stream = torch.cuda.Stream(device)
         self.table = torch.tensor([rows.data_ptr() for rows in store.layers], dtype=torch.int64, device=device)
+        sizes = [rows.shape[1] for rows in store.layers]
+        self.stored = torch.tensor(sizes, dtype=torch.int32, device=device) if any(store.packed) else None
         self.progress = torch.zeros(len(pool), LANES, dtype=torch.int32, device=device)
         self.moved = torch.zeros(3, dtype=torch.int64, device=device)  # on demand, ahead, and ahead and then needed
         self._arrived = torch.cuda.Event()
@@ -123,7 +125,7 @@ class DeviceFetcher(Fetcher):
         """Launch the copying kernel behind what was computed, and behind what is being sent ahead, which stops."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            fetch(self.table, self.store.num_experts, misses, self.pool.rows, self.progress, self.moved)
+            fetch(self.table, self.store.num_experts, misses, self.pool.rows, self.progress, self.moved, self.stored)
             self._arrived.record()
 
     def join(self) -> None:
@@ -135,8 +137,9 @@ class DeviceFetcher(Fetcher):
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             fetch_ahead(
-                self.table, self.store.num_experts, ahead, self.pool.rows, self.progress, self.clock, issued, self.moved
-            )
+                self.table, self.store.num_experts, ahead, self.pool.rows, self.progress, self.clock, issued,
+                self.moved, self.stored,
+            )  # fmt: skip
 
     def stop(self) -> None:
         """Let the computing stream wait for the copies, which stop because the clock has moved on."""

@@ -9,6 +9,9 @@ through the dtype of the weights (kernels/quantised.py):
 | fp8 | float8_e4m3fn | `_scales` of blocks of 128 by 128 |
 | int4 | two values in a byte | `_scales` and `_zeros` of groups of 64 or 128 inputs |
 
+`bf16-packed` is the plain format of bfloat16 as far as anything is computed; the store keeps its rows packed
+(packed.py), and they are expanded on their way into slots.
+
 A row has `gate_up`, the gate matrix over the up matrix, and `down`, and the other tensors for each. Out of a
 checkpoint, `StoredMatrices.read` (stored.py) gives a matrix in whatever form it is stored; `ExpertFormat.write`
 converts it where it is not in the row's form already, and puts its tensors in their places. `fill_layer` does so for
@@ -17,7 +20,7 @@ all experts of a layer, several at a time, with one matrix per thread in flight.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -52,15 +55,20 @@ class RowTensor:
 class ExpertFormat:
     """The tensors of an expert's row, by name. Whatever moves experts sees only `row_bytes`."""
 
-    name: str  # 'plain', 'fp8' or 'int4'
+    name: str  # 'plain', 'fp8', 'int4' or 'bf16-packed'
     tensors: Mapping[str, RowTensor]
     row_bytes: int
     convert: Callable[[Matrix], Matrix]  # to the form whose `row_tensors` a row holds
 
     @property
     def quantised(self) -> bool:
-        """Whether the weights are not as the kernels multiply them."""
-        return self.name != "plain"
+        """Whether the weights in a row are not as the kernels multiply them."""
+        return self.name in ("fp8", "int4")
+
+    @property
+    def packed(self) -> bool:
+        """Whether the store keeps the rows packed, in each layer where they pack."""
+        return self.name == "bf16-packed"
 
     def views(self, rows: Tensor) -> dict[str, Tensor]:
         """Return each tensor of `rows` (uint8 [n, row_bytes]) as a strided view [n, *shape] of the same memory."""
@@ -96,6 +104,11 @@ def plain_format(hidden_size: int, intermediate_size: int, dtype: torch.dtype) -
         return [((outer, inner), dtype)]
 
     return _format("plain", hidden_size, intermediate_size, stored, lambda matrix: to_plain(matrix, dtype))
+
+
+def packed_format(hidden_size: int, intermediate_size: int) -> ExpertFormat:
+    """Return the format of plain bfloat16 experts whose rows the store keeps packed."""
+    return replace(plain_format(hidden_size, intermediate_size, torch.bfloat16), name="bf16-packed")
 
 
 def fp8_format(hidden_size: int, intermediate_size: int) -> ExpertFormat:

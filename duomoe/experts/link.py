@@ -1,7 +1,8 @@
 """The link between host and device memory: expert rows on their way into slots, and the count of every byte.
 
 A copy is sent, goes on while other things compute, and is waited for before its slot is read. Copies cross one after
-the other in the order in which they were sent.
+the other in the order in which they were sent. A row of fewer bytes than its slot is packed (packed.py), and expanded
+into it.
 """
 
 import threading
@@ -13,6 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from duomoe.kernels import expand_bf16
+from duomoe.kernels.packed_bf16 import BLOCK, expand_blocks
 
 
 @dataclass
@@ -50,7 +54,7 @@ class LinkError(RuntimeError):
 
 @dataclass(eq=False)
 class Copy:
-    """One expert row on its way into a slot."""
+    """One expert row on its way into a slot. Of a packed one, the slot holds what was expanded of what has crossed."""
 
     source: Tensor
     slot: Tensor
@@ -69,10 +73,10 @@ class Link(ABC):
 
     @abstractmethod
     def send(self, source: Tensor, slot: Tensor, after: Any = None) -> Any:
-        """Begin to copy a row, uint8 [row_bytes], into a slot.
+        """Begin to copy a row, uint8 [stored bytes], into a slot, uint8 [row_bytes].
 
         Args:
-            source: the row, in host memory.
+            source: the row, in host memory, plain or packed.
             slot: where to.
             after: a mark behind the last use of what the slot held; None for one that held nothing.
 
@@ -232,8 +236,15 @@ class HostLink(Link):
     def _move(self, copy: Copy, size: int) -> None:
         """Move the next `size` bytes of a copy."""
         begin = time.perf_counter()
-        part = slice(copy.moved, copy.moved + size)
-        copy.slot[part].copy_(copy.source[part])
+        end = copy.moved + size
+        if copy.source.nbytes < copy.slot.nbytes:
+            # Both ends are host memory, so nothing has to cross before it is expanded: as many blocks as would have.
+            values = copy.slot.view(torch.bfloat16)
+            blocks = -(-len(values) // BLOCK)
+            first, last = (at * blocks // copy.source.nbytes for at in (copy.moved, end))
+            expand_blocks(copy.source, values, first, last)
+        else:
+            copy.slot[copy.moved : end].copy_(copy.source[copy.moved : end])
         if self.pace:
             # Counted from when the link became free, not from now: the thread's own delays do not add up.
             latency = 0.0 if copy is self._last else self.pace.latency
@@ -243,10 +254,21 @@ class HostLink(Link):
 
 
 class CudaLink(Link):
-    """The link to a GPU: a stream of its own for copies from pinned memory; marks and copies are CUDA events."""
+    """The link to a GPU: a stream of its own for copies from pinned memory; marks and copies are CUDA events.
 
-    def __init__(self, device: torch.device) -> None:
+    A packed row crosses into one of two rows of staging memory. Another stream expands it from there, while the next
+    one crosses.
+
+    Args:
+        device: the GPU.
+        staging_bytes: of the largest packed row; 0 where none is packed.
+    """
+
+    def __init__(self, device: torch.device, staging_bytes: int) -> None:
         self.stream = torch.cuda.Stream(device)
+        self._expanding = torch.cuda.Stream(device)
+        self._staging = deque(torch.empty(2, staging_bytes, dtype=torch.uint8, device=device))  # the next one first
+        self._expanded = deque((torch.cuda.Event(), torch.cuda.Event()))  # behind the last expansion from each
 
     def mark(self) -> torch.cuda.Event:
         """Record an event on the stream that computes."""
@@ -256,12 +278,34 @@ class CudaLink(Link):
 
     def send(self, source: Tensor, slot: Tensor, after: torch.cuda.Event | None = None) -> torch.cuda.Event:
         """Queue a copy on the link's stream, behind `after`; return an event behind the copy."""
+        if source.nbytes < slot.nbytes:
+            return self._send_packed(source, slot, after)
         with torch.cuda.stream(self.stream):
+            # What was expanded last may have been for the same slot, and not waited for.
+            self.stream.wait_event(self._expanded[-1])
             if after is not None:
                 self.stream.wait_event(after)
             slot.copy_(source, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
+        return arrived
+
+    def _send_packed(self, source: Tensor, slot: Tensor, after: torch.cuda.Event | None) -> torch.cuda.Event:
+        """Queue a copy into a staging row, and the expansion behind it and behind `after`."""
+        staging, crossed, arrived = self._staging[0][: len(source)], torch.cuda.Event(), torch.cuda.Event()
+        with torch.cuda.stream(self.stream):
+            self.stream.wait_event(self._expanded[0])
+            staging.copy_(source, non_blocking=True)
+            crossed.record()
+        with torch.cuda.stream(self._expanding):
+            self._expanding.wait_event(crossed)
+            if after is not None:
+                self._expanding.wait_event(after)
+            expand_bf16(staging[None], slot.view(torch.bfloat16)[None])
+            arrived.record()
+        self._expanded[0] = arrived
+        self._staging.rotate()
+        self._expanded.rotate()
         return arrived
 
     def wait(self, copy: torch.cuda.Event) -> None:
@@ -276,6 +320,6 @@ class CudaLink(Link):
         """Do nothing: a stream needs no end."""
 
 
-def open_link(device: torch.device, pace: Pace | None) -> Link:
-    """Return the link to a device; only the CPU's can be paced."""
-    return CudaLink(device) if device.type == "cuda" else HostLink(pace)
+def open_link(device: torch.device, pace: Pace | None, staging_bytes: int) -> Link:
+    """Return the link to a device; only the CPU's can be paced, and only a GPU's needs staging memory (`CudaLink`)."""
+    return CudaLink(device, staging_bytes) if device.type == "cuda" else HostLink(pace)

@@ -188,7 +188,7 @@ class Residency:
                 self._pinned.add(slot)
                 if slot in self._unused:
                     self._unused.remove(slot)
-                    self.traffic.prefetch_used_bytes += self.pool.rows.shape[1]
+                    self.traffic.prefetch_used_bytes += self.store.layers[index].shape[1]
                 (coming if slot in self._copies else here).append(expert)
 
         def send() -> None:

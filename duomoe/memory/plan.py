@@ -15,6 +15,7 @@ import torch
 
 from duomoe.errors import InputError
 from duomoe.experts.format import ExpertFormat
+from duomoe.experts.packed import largest_packed_bytes, usual_packed_bytes
 from duomoe.experts.policies import BOUNDED, PREDICTED, STREAMING
 from duomoe.experts.prefill import SMALLEST_RING, ring_slots
 from duomoe.kernels import LANES, gemv_splits
@@ -84,7 +85,7 @@ class Plan:
 
     Attributes:
         weight_sizes: of each non-expert tensor.
-        expert_format: of an expert's row.
+        expert_format: of an expert's row; never a packed one under `resident`, where experts cross no link.
         dequantised: of the non-expert weights, what they take beyond what the checkpoint stores.
         num_experts: of all layers together.
         num_slots: experts that are on the device at once; all of them under `resident`.
@@ -147,6 +148,12 @@ class Plan:
         return graphs + directory
 
     @property
+    def staging_bytes(self) -> int:
+        """Bytes of the two rows on a GPU that packed rows cross into, to be expanded from there; at most so many."""
+        packed = self.device == "cuda" and self.expert_format.packed
+        return 2 * largest_packed_bytes(self.row_bytes) if packed else 0
+
+    @property
     def ring_slots(self) -> int:
         """How many of the slots a prefill streams through; the others it leaves to what decode uses."""
         if self.policy not in STREAMING:
@@ -174,7 +181,7 @@ class Plan:
         pages = [self.kv_bytes // (2 * self.model.num_layers)] * (2 * self.model.num_layers)
         pools = len(self.model.moe_layers) if self.policy == "resident" else 1
         rows = [self.slot_bytes // pools] * pools if self.num_slots else []
-        tensors = [*self.weight_sizes, self.predictor_bytes, *pages, *rows]
+        tensors = [*self.weight_sizes, self.predictor_bytes, self.staging_bytes, *pages, *rows]
         # Blocks of the workspace are cached and split: a quarter, and two segments, for what does not fit together.
         return (
             cuda_reserved(tensors)
@@ -188,12 +195,18 @@ class Plan:
     def total(self) -> int:
         """Bytes on the device: on CUDA the most that torch's allocator reserves."""
         fixed = self.weights_bytes + self.predictor_bytes + self.workspace_bytes + self.decode_bytes
-        return fixed + self.kv_bytes + self.slot_bytes + self.allocator_bytes
+        return fixed + self.kv_bytes + self.slot_bytes + self.staging_bytes + self.allocator_bytes
 
     @property
     def store_bytes(self) -> int:
-        """Bytes of host memory for the experts' home; none where they live on the device."""
-        return 0 if self.policy == "resident" else self.num_experts * self.row_bytes
+        """Bytes of host memory for the experts' home; none where they live on the device.
+
+        Of packed rows, an estimate: how far they pack follows from their values.
+        """
+        if self.policy == "resident":
+            return 0
+        row_bytes = usual_packed_bytes(self.row_bytes) if self.expert_format.packed else self.row_bytes
+        return self.num_experts * row_bytes
 
     def workspace(self) -> dict[str, int]:
         """Return a bound on what lives for a pass or less, by what it is.
@@ -257,6 +270,7 @@ class Plan:
             "workspace_bytes": self.workspace_bytes,
             "workspace": self.workspace(),
             "expert_slots_bytes": self.slot_bytes,
+            "staging_bytes": self.staging_bytes,
             "prefill_ring_bytes": self.ring_slots * self.row_bytes,
             "allocator_bytes": self.allocator_bytes,
             "expert_store_bytes": self.store_bytes,
@@ -294,13 +308,16 @@ class Plan:
             rows.append(("kept for decode", (slots - ring) * self.row_bytes, f"{slots - ring} slots; in all {share}"))
         else:
             rows.append(("expert slots", self.slot_bytes, share))
+        if self.staging_bytes:
+            rows.append(("staging", self.staging_bytes, "two packed experts"))
         if self.allocator_bytes:
             rows.append(("allocator", self.allocator_bytes, "rounding and cuBLAS"))
         limit = "no limit" if self.budget is None else f"of {format_size(self.budget)}"
         rows.append(("total", self.total, limit))
         if self.store_bytes:
             form = "" if self.expert_format.name == "plain" else f", {self.expert_format.name}"
-            rows.append(("in host memory", self.store_bytes, f"all {self.num_experts} experts{form}"))
+            estimated = ", estimated" if self.expert_format.packed else ""
+            rows.append(("in host memory", self.store_bytes, f"all {self.num_experts} experts{form}{estimated}"))
         lines = [f"memory plan: {self.device}, policy {self.policy}"]
         lines += [f"  {name:<18}{format_size(size):>12}  {note}".rstrip() for name, size, note in rows]
         return "\n".join(lines)
@@ -341,7 +358,7 @@ def make_plan(
         model=model,
         dtype=dtype,
         weight_sizes=tuple(elements * dtype.itemsize for elements in _weights(architecture, model)),
-        expert_format=expert_format,
+        expert_format=_format_under(policy, expert_format),
         dequantised=dequantised,
         num_experts=len(model.moe_layers) * model.num_experts,
         num_slots=fewest,
@@ -360,7 +377,8 @@ def make_plan(
 
     def with_slots(plan: Plan, slots: int) -> Plan:
         everything = limits.policy == "auto" and slots == plan.num_experts
-        return replace(plan, num_slots=slots, policy="resident" if everything else plan.policy)
+        policy = "resident" if everything else plan.policy
+        return replace(plan, num_slots=slots, policy=policy, expert_format=_format_under(policy, plan.expert_format))
 
     def one_sequence(pages: int) -> Plan:
         return replace(least, max_model_len=min(pages * PAGE_SIZE, longest), num_pages=pages)
@@ -380,6 +398,11 @@ def make_plan(
     plan = with_slots(plan, _largest(fewest, most, lambda slots: with_slots(plan, slots).total <= budget))
     _check_host(plan, limits)
     return plan
+
+
+def _format_under(policy: str, expert_format: ExpertFormat) -> ExpertFormat:
+    """Return the format of experts under a policy: where all live on the device, nothing is packed."""
+    return replace(expert_format, name="plain") if policy == "resident" and expert_format.packed else expert_format
 
 
 def _slot_range(model: ModelConfig, row_bytes: int, limits: Limits) -> tuple[str, int, int]:
@@ -438,6 +461,7 @@ def _too_little(least: Plan, limits: Limits) -> str:
         ("predictor", least.predictor_bytes),
         ("decode", least.decode_bytes),
         (f"{least.num_slots} expert slot{'' if least.num_slots == 1 else 's'}", least.slot_bytes),
+        ("staging", least.staging_bytes),
         ("allocator", least.allocator_bytes),
     ]
     named = " + ".join(f"{name} {format_size(size)}" for name, size in parts if size)

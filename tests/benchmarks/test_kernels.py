@@ -23,7 +23,7 @@ from duomoe.kernels import (
     paged_attention,
 )
 from duomoe.kernels.expert_gemv import gemv_splits
-from duomoe.kernels.packed_bf16 import pack_bf16, packed_layout
+from duomoe.kernels.packed_bf16 import count_patches, pack_bf16, packed_bytes
 from duomoe.kernels.quantised import block_shape, packed_width, scale_shape
 
 GPU = torch.cuda.is_available()
@@ -222,8 +222,8 @@ def test_expand(benchmark: BenchmarkFixture, shape: Shape) -> None:
     values = 3 * shape.hidden * shape.intermediate
     rows = 8 if GPU else 1
     plain = torch.randn(values).bfloat16()
-    packed = torch.zeros(packed_layout(values).row_bytes, dtype=torch.uint8)
-    assert pack_bf16(plain, packed)
+    packed = torch.zeros(packed_bytes(values, count_patches(plain)), dtype=torch.uint8)
+    pack_bf16(plain, packed)
     copies = packed.to(DEVICE).repeat(rows, 1)
     out = torch.empty(rows, values, dtype=torch.bfloat16, device=DEVICE)
     calls = [lambda row=row: expand_bf16(copies[row : row + 1], out[row : row + 1]) for row in range(rows)]

@@ -196,6 +196,7 @@ def test_bad_input_is_one_line(quantised: Callable[[str, str], Made], tmp_path: 
     fails({name: t for name, t in tensors.items() if name != f"{prefix}.scales"}, "no tensor", f"{prefix}.scales")
     fails(tensors | {f"{prefix}.scales": tensors[f"{prefix}.scales"] * float("inf")}, "scales", f"{prefix}.weight")
     fails(tensors, "--expert-dtype", "'int3'", expert_dtype="int3")
+    fails(tensors, "stored quantised", "--expert-dtype", expert_dtype="bf16-packed", dtype="bfloat16")
     mixed = {name: t for name, t in tensors.items() if not name.startswith(f"{prefix}.")}
     mixed[f"{prefix}.weight"] = torch.randn(HIDDEN, INTERMEDIATE)
     fails(mixed, "not all stored in the same form", "--expert-dtype")

@@ -372,7 +372,7 @@ def test_what_cuda_reserves_is_bounded(sizes: list[int]) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compiled", ["off", "on"])
+@pytest.mark.parametrize(("compiled", "expert_dtype"), [("off", "auto"), ("on", "auto"), ("off", "bf16-packed")])
 @pytest.mark.parametrize(
     ("family", "memory", "experts", "sizes"),
     [
@@ -396,6 +396,7 @@ def test_a_gpu_never_holds_more(
     experts: str | None,
     sizes: dict[str, int],
     compiled: str,
+    expert_dtype: str,
     tiny: Callable[..., Any],
     prompt_of: Callable[..., list[int]],
 ) -> None:
@@ -404,7 +405,10 @@ def test_a_gpu_never_holds_more(
     torch.cuda.empty_cache()
     others = torch.cuda.memory_reserved()
     torch.cuda.reset_peak_memory_stats()
-    llm = LLM(path, device="cuda", dtype="bfloat16", gpu_memory=memory, expert_memory=experts, compile=compiled)
+    llm = LLM(
+        path, device="cuda", dtype="bfloat16", gpu_memory=memory, expert_memory=experts, compile=compiled,
+        expert_dtype=expert_dtype,
+    )  # fmt: skip
     assert llm.plan.budget is not None and llm.plan.total <= llm.plan.budget
     longest = llm.max_model_len
     params = SamplingParams(max_new_tokens=4, temperature=1.0, top_p=0.9)
