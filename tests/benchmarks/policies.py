@@ -20,6 +20,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -146,7 +147,7 @@ class Bench:
         if self.paced:
             # One thread computes and one is the link. More would make computing depend on the copies.
             torch.set_num_threads(1)
-            self.options["dtype"] = "float32"
+            self.options["dtype"] = "bfloat16" if args.packed else "float32"
         self.whole = LLM(**self.options)
         config = self.whole.config
         self.experts = len(config.moe_layers) * config.num_experts
@@ -160,16 +161,17 @@ class Bench:
         self.layer_time = warm.tpot / len(config.moe_layers)
         self.slots = 0
         self.bounded: dict[str, LLM] = {}
+        self.formats = {"": "auto"} | ({", packed": "bf16-packed"} if args.packed else {})
 
     def prepare(self, slots: int) -> None:
         """Have an engine with that many slots for every policy."""
         if slots != self.slots:
             self.slots = slots
             self.bounded.clear()
-            for policy in self.args.policies:
-                pace = {"link_bandwidth": "100GB/s"} if self.paced else {}
-                llm = LLM(policy=policy, expert_memory=slots * self.row_bytes, **self.options, **pace)
-                self.bounded[policy] = llm
+            for policy, (suffix, expert_dtype) in product(self.args.policies, self.formats.items()):
+                options = self.options | ({"link_bandwidth": "100GB/s"} if self.paced else {})
+                llm = LLM(policy=policy, expert_memory=slots * self.row_bytes, expert_dtype=expert_dtype, **options)
+                self.bounded[policy + suffix] = llm
                 for _ in range(3):
                     run(llm, self.text[:64], 4)
 
@@ -226,6 +228,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="every ratio with every share and prompt; takes hours")
     parser.add_argument("--cells", help="instead: RATIO:SHARE:PROMPT, separated by commas; on a GPU the ratio is 0")
     parser.add_argument("--policies", nargs="+", default=list(BOUNDED), choices=list(BOUNDED))
+    parser.add_argument("--packed", action="store_true", help="each policy with bf16-packed experts, too")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=16)
     args = parser.parse_args()
