@@ -394,7 +394,9 @@ def _options(
         "BLOCK_E": triton.next_power_of_2(num_experts),
         "GROUP_M": 16,
         "num_warps": warps,
-        "num_stages": min(max(shared_memory(capability) // stage, 2), 3 if warps == 8 else 4),
+        "num_stages": min(
+            max(shared_memory(capability) // stage, 2), 3 if warps == 8 or (quantised and block_m == 64) else 4
+        ),
     }
 
 
