@@ -329,7 +329,8 @@ CHUNK = 128
 
 def _block_d(head_dim: int) -> int:
     """Return the width of a tile of heads; tensor cores multiply no fewer than 16 values."""
-    return max(16, triton.next_power_of_2(head_dim))
+    width: int = max(16, triton.next_power_of_2(head_dim))
+    return width
 
 
 def _prefill_options(max_query_len: int, head_dim: int, dtype: torch.dtype, capability: int) -> dict[str, int]:
