@@ -78,7 +78,7 @@ def test_kernels_match_the_references(
 
 @each_dtype
 @settings(few, max_examples=2)
-@given(shape=shapes, waves=st.integers(2, 3), seed=st.integers(0, 99))
+@given(shape=st.sampled_from([(264, 20, 8, 2), (70, 17, 5, 5)]), waves=st.integers(2, 3), seed=st.integers(0, 99))
 def test_waves_change_no_bit(dtype: torch.dtype, shape: tuple[int, int, int, int], waves: int, seed: int) -> None:
     layer = expert_layer(seed, dtype, *shape, 1)
     whole, in_waves = poisoned(layer, 2, 2), poisoned(layer, 2, 2)
