@@ -427,10 +427,10 @@ def experts_gate_up_triton(
         return
     intermediate, hidden = out.shape[1], x.shape[1]
     capability = capability_of(x.device)
-    form = kernel_form(w_gate_up, scales, 2, capability)
+    form, pool = kernel_form(w_gate_up, scales, 2, capability), pools(w_gate_up, scales, zeros)
     options = _options(pairs, num_experts, hidden, 2, x.dtype, capability, form)
     _gate_up_kernel[(_programs(pairs, num_experts, intermediate, options, x.device),)](
-        x, *pools(w_gate_up, scales, zeros), slots, order, offsets, out, *strides(w_gate_up, scales, zeros),
+        x, *pool, slots, order, offsets, out, *strides(*pool),
         num_experts, hidden, intermediate, TOP_K=top_k, **options,
     )  # fmt: skip
 
@@ -453,10 +453,10 @@ def experts_down_triton(
         return
     intermediate, hidden = h.shape[1], out.shape[1]
     capability = capability_of(h.device)
-    form = kernel_form(w_down, scales, 1, capability)
+    form, pool = kernel_form(w_down, scales, 1, capability), pools(w_down, scales, zeros)
     options = _options(pairs, num_experts, intermediate, 1, h.dtype, capability, form)
     _down_kernel[(_programs(pairs, num_experts, hidden, options, h.device),)](
-        h, *pools(w_down, scales, zeros), slots, order, offsets, weights, out, *strides(w_down, scales, zeros),
+        h, *pool, slots, order, offsets, weights, out, *strides(*pool),
         num_experts, intermediate, hidden, **options,
     )  # fmt: skip
 

@@ -105,7 +105,7 @@ def pack_bf16(values: Tensor, packed: Tensor) -> None:
         byte = bits >> 8 & 128 | bits & 127
         body[:, :2] = byte[:, ::2] | byte[:, 1::2] << 8
         body[:, 2] = code[:, 0] | code[:, 1] << 4 | code[:, 2] << 8 | code[:, 3] << 12
-        block, place = patched.flatten(1).nonzero(as_tuple=True)
+        block, place = patched.flatten(1).nonzero(as_tuple=True)  # host-sync ok: rows are packed on the host
         patches[used : used + len(place)] = place + (bits.flatten(1)[block, place].long() & 0xFFFF) * BLOCK
         ends = used + patched.sum((1, 2)).cumsum(0)
         blocks[section[0] : section[0] + section[1]] = floor[:, 0, 0] | ends << 8

@@ -129,9 +129,9 @@ def pools(w: Tensor, scales: Tensor | None, zeros: Tensor | None) -> tuple[Tenso
     return w, w if scales is None else scales, w if zeros is None else zeros
 
 
-def strides(*pool: Tensor | None) -> tuple[int, ...]:
-    """Return the distances from one slot to the next in a pool's tensors; 0 for those that its format lacks."""
-    return tuple(0 if item is None else item.stride(0) for item in pool)
+def strides(*pool: Tensor) -> tuple[int, ...]:
+    """Return the distances from one slot to the next in the tensors that `pools` returned, in their elements."""
+    return tuple(item.stride(0) for item in pool)
 
 
 def example_forms(dtype: torch.dtype, capability: int) -> list[tuple[Form, dict[str, str]]]:
@@ -210,7 +210,7 @@ def tiny_int4(raw: tl.tensor, LEFT: tl.constexpr) -> tl.tensor:
     """Return `nibble * 2 ** (LEFT - 149)` in float32, of the nibbles that begin at bit LEFT, at most 19, of integers.
 
     Converting integers is slow on GPUs; the last bits of a float are such a number as they are. Multiplied by powers of
-    two on either side it is exact.
+    two on either side it is exact, of activations under 2 ** 64.
     """
     return (raw & (15 << LEFT)).to(tl.float32, bitcast=True)
 

@@ -106,7 +106,7 @@ class HostFetcher(Fetcher):
 class DeviceFetcher(Fetcher):
     """The fetcher on a GPU: kernels on a stream of their own read pinned host memory.
 
-    The store's rows must be pinned. Nothing here waits for the device, so a step can be captured as a CUDA graph.
+    The store's rows must be pinned. Nothing that a step calls waits for the device, so it can be captured as a graph.
     """
 
     def __init__(self, store: ExpertStore, pool: SlotPool, clock: Tensor) -> None:
@@ -147,7 +147,7 @@ class DeviceFetcher(Fetcher):
 
     def drop(self) -> None:
         """Wait for the copies: a step that failed has not stopped them, and prefill's come over another stream."""
-        self.stream.synchronize()
+        self.stream.synchronize()  # host-sync ok: before a prefill, not in a step
 
     def count(self, traffic: Traffic) -> None:
         """Add the bytes; waits for the device."""
