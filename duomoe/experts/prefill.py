@@ -16,8 +16,9 @@ from duomoe.experts.compute import LayerSum
 from duomoe.experts.residency import Residency
 from duomoe.kernels.admit import ONE
 
-# Sending an expert ahead gains its transfer when it is chosen and wastes it when it is not.
-WORTH_SENDING = 0.5
+# Sending an expert ahead wastes its transfer when it is not chosen. When it is, that gains only what the link would have
+# been idle until the router's choice is known, which a few experts fill: so those that are nearly certain.
+WORTH_SENDING = 0.9
 
 # A use counts half as much for an expert's worth to decode as one this many tokens later.
 HALF_LIFE = 32
@@ -26,9 +27,16 @@ HALF_LIFE = 32
 SMALLEST_RING = 2
 
 
-def ring_slots(slots: int) -> int:
-    """Return how many of so many slots experts stream through; the others are kept for decode."""
-    return max(SMALLEST_RING, slots // 4)
+def ring_slots(slots: int, num_experts: int) -> int:
+    """Return how many of so many slots experts stream through; the others are kept for decode.
+
+    Under the attention of a long prompt half a layer can cross: a smaller ring would let the link wait.
+
+    Args:
+        slots: of all layers.
+        num_experts: of one layer.
+    """
+    return max(SMALLEST_RING, slots // 4, min(slots // 2, num_experts // 2))
 
 
 def prompt_use(experts: Tensor, num_experts: int) -> Tensor:
@@ -60,7 +68,7 @@ class PrefillStream:
         self.num_layers, self.num_experts = len(residency.store.layers), residency.store.num_experts
         slots = len(residency.pool)
         # A layer's best experts keep this many slots when others are sent ahead; the rest of the slots is the ring.
-        kept = max(0, slots - ring_slots(slots)) // max(1, self.num_layers)
+        kept = max(0, slots - ring_slots(slots, self.num_experts)) // max(1, self.num_layers)
         self.spared_below = 1 - kept
         self.tokens = 0  # of the pass
         self.use = torch.zeros(self.num_layers, self.num_experts, dtype=torch.int32)

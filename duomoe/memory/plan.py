@@ -158,7 +158,7 @@ class Plan:
         """How many of the slots a prefill streams through; the others it leaves to what decode uses."""
         if self.policy not in STREAMING:
             return 0
-        return min(self.num_slots, ring_slots(self.num_slots))
+        return min(self.num_slots, ring_slots(self.num_slots, self.model.num_experts))
 
     @property
     def pass_tokens(self) -> int:
