@@ -16,8 +16,8 @@ from duomoe.experts.compute import LayerSum
 from duomoe.experts.residency import Residency
 from duomoe.kernels.admit import ONE
 
-# Sending an expert ahead wastes its transfer when it is not chosen. When it is, that gains only what the link would have
-# been idle until the router's choice is known, which a few experts fill: so those that are nearly certain.
+# Sending an expert ahead wastes its transfer when it is not chosen. When it is, that gains only what the link would
+# have been idle until the router's choice is known, which a few experts fill: so those that are nearly certain.
 WORTH_SENDING = 0.9
 
 # A use counts half as much for an expert's worth to decode as one this many tokens later.
