@@ -5,7 +5,8 @@ not part of this wave, in which case its pairs are left untouched for the wave t
 inner dimension runs in one fixed order whatever the wave holds, so a pair's result does not depend on the wave, on
 the slot, or on the other experts that are resident.
 
-Weights are plain or quantised (quantised.py). Quantised ones become values of the activations' dtype in registers.
+Weights are plain or quantised (quantised.py). Quantised ones become values of the activations' dtype in registers; or,
+where the activations are fp8 as the weights are, tensor cores multiply the two, and each group's product is scaled.
 """
 
 import torch
@@ -14,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from duomoe.kernels.activations import dequantise_activations
 from duomoe.kernels.configuration import TRITON_TYPE, Configuration, multiprocessors, shared_memory
 from duomoe.kernels.configuration import capability as capability_of
 from duomoe.kernels.operator import operator
@@ -40,8 +42,10 @@ def experts_gate_up_reference(
     out: Tensor,
     scales: Tensor | None = None,
     zeros: Tensor | None = None,
+    x_scales: Tensor | None = None,
 ) -> None:
     """Compute `experts_gate_up` in float32 with plain PyTorch, expert by expert."""
+    values = dequantise_activations(x, x_scales)
     starts = offsets.tolist()  # host-sync ok: the reference runs on the CPU
     for expert, slot in enumerate(slots.tolist()):  # host-sync ok: the reference runs on the CPU
         begin, end = starts[expert], starts[expert + 1]
@@ -49,7 +53,7 @@ def experts_gate_up_reference(
             continue
         tokens = order[begin:end].long() // top_k
         weight = expert_values(slot, w_gate_up, scales, zeros, x.shape[1], matrices=2)
-        gate, up = F.linear(x[tokens].float(), weight).chunk(2, dim=-1)
+        gate, up = F.linear(values[tokens], weight).chunk(2, dim=-1)
         out[begin:end] = (F.silu(gate) * up).to(out.dtype)
 
 
@@ -63,15 +67,17 @@ def experts_down_reference(
     out: Tensor,
     scales: Tensor | None = None,
     zeros: Tensor | None = None,
+    h_scales: Tensor | None = None,
 ) -> None:
     """Compute `experts_down` in float32 with plain PyTorch, expert by expert."""
+    values = dequantise_activations(h, h_scales)
     starts = offsets.tolist()  # host-sync ok: the reference runs on the CPU
     for expert, slot in enumerate(slots.tolist()):  # host-sync ok: the reference runs on the CPU
         begin, end = starts[expert], starts[expert + 1]
         if slot < 0 or begin == end:
             continue
         pairs = order[begin:end].long()
-        y = F.linear(h[begin:end].float(), expert_values(slot, w_down, scales, zeros, h.shape[1]))
+        y = F.linear(values[begin:end], expert_values(slot, w_down, scales, zeros, h.shape[1]))
         out[pairs] = (y * weights.flatten()[pairs, None]).to(out.dtype)
 
 
@@ -86,11 +92,12 @@ def experts_gate_up(
     out: Tensor,
     scales: Tensor | None = None,
     zeros: Tensor | None = None,
+    x_scales: Tensor | None = None,
 ) -> None:
     """Compute `silu(x @ gate.T) * (x @ up.T)` for every pair whose expert is resident.
 
     Args:
-        x: [tokens, hidden].
+        x: [tokens, hidden], float8_e4m3fn where it has `x_scales`.
         w_gate_up: [num_slots, 2 * intermediate, hidden], the gate rows first; a strided view into the slot pool. Plain
             or quantised (quantised.py), and so is every matrix here.
         slots: [experts] int32, the slot of each expert, -1 for those not in this wave.
@@ -100,8 +107,9 @@ def experts_gate_up(
         out: [tokens * top_k, intermediate], written at each pair's place in `order`.
         scales: of quantised weights, [num_slots, …], a view into the pool; None for plain ones.
         zeros: of int4 weights, likewise.
+        x_scales: of activations in fp8 (activations.py), for fp8 weights on GPUs from sm_89 on; None for others.
     """
-    experts_gate_up_reference(x, w_gate_up, slots, order, offsets, top_k, out, scales, zeros)
+    experts_gate_up_reference(x, w_gate_up, slots, order, offsets, top_k, out, scales, zeros, x_scales)
 
 
 @experts_gate_up.register_fake
@@ -115,6 +123,7 @@ def _(
     out: Tensor,
     scales: Tensor | None = None,
     zeros: Tensor | None = None,
+    x_scales: Tensor | None = None,
 ) -> None:
     return None
 
@@ -130,11 +139,12 @@ def experts_down(
     out: Tensor,
     scales: Tensor | None = None,
     zeros: Tensor | None = None,
+    h_scales: Tensor | None = None,
 ) -> None:
     """Compute `weight * (h @ down.T)` for every pair whose expert is resident.
 
     Args:
-        h: [tokens * top_k, intermediate], what `experts_gate_up` wrote.
+        h: [tokens * top_k, intermediate], what `experts_gate_up` wrote; float8_e4m3fn where it has `h_scales`.
         w_down: [num_slots, hidden, intermediate], a strided view into the slot pool.
         slots: as in `experts_gate_up`, and so are `order` and `offsets`.
         order: see above.
@@ -143,8 +153,9 @@ def experts_down(
         out: [tokens * top_k, hidden], written at row `pair`, ready for `combine`.
         scales: as in `experts_gate_up`, and so is `zeros`.
         zeros: see above.
+        h_scales: as `x_scales` in `experts_gate_up`.
     """
-    experts_down_reference(h, w_down, slots, order, offsets, weights, out, scales, zeros)
+    experts_down_reference(h, w_down, slots, order, offsets, weights, out, scales, zeros, h_scales)
 
 
 @experts_down.register_fake
@@ -158,6 +169,7 @@ def _(
     out: Tensor,
     scales: Tensor | None = None,
     zeros: Tensor | None = None,
+    h_scales: Tensor | None = None,
 ) -> None:
     return None
 
@@ -211,7 +223,11 @@ def _product(
     scales: tl.tensor,
     zeros: tl.tensor,
     place: tl.tensor,
+    up_place: tl.tensor,
     step: tl.tensor,
+    a_scales: tl.tensor,
+    a_place: tl.tensor,
+    a_step: tl.tensor,
     size: tl.tensor,
     EVEN_K: tl.constexpr,
     FORMAT: tl.constexpr,
@@ -223,7 +239,9 @@ def _product(
     """Return the product [BLOCK_M, BLOCK_N] of rows of activations and rows of weights that have `size` values each.
 
     `a_rows` and `w_rows` are where the rows begin; `place` and `step` are those of the weights' scales. Quantised
-    weights are the left operand, which tensor cores take from registers, where their values come to be.
+    weights are the left operand, which tensor cores take from registers, where their values come to be. Where both are
+    fp8, activations have places and a step in their own scales, and the tile's weights have one scale for each group,
+    or two that alternate by eights, as the rows of gate and up do, the second of them at `up_place`.
     """
     inner = tl.arange(0, BLOCK_K)
     if FORMAT == "plain":
@@ -238,6 +256,25 @@ def _product(
             y = tl.dot(a, w, y, input_precision="ieee")
             a_at += BLOCK_K
             w_at += BLOCK_K
+        return y
+    elif FORMAT == "w8a8":
+        tl.static_assert(BLOCK_K == GROUP)
+        a_at = a_rows[:, None].to(tl.pointer_type(tl.float8e4nv), bitcast=True) + inner[None, :]
+        w_at = w_rows[None, :].to(tl.pointer_type(tl.float8e4nv), bitcast=True) + inner[:, None]
+        is_up = tl.arange(0, BLOCK_N) // 8 % 2 == 1
+        y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, size, BLOCK_K):
+            if EVEN_K:
+                a, w = tl.load(a_at), tl.load(w_at)
+            else:
+                a = tl.load(a_at, mask=(inner < size - k)[None, :], other=0.0)
+                w = tl.load(w_at, mask=(inner < size - k)[:, None], other=0.0)
+            w_scale = tl.where(is_up, tl.load(scales + up_place), tl.load(scales + place))
+            y += tl.dot(a, w) * (tl.load(a_scales + a_place)[:, None] * w_scale[None, :])
+            a_at += BLOCK_K
+            w_at += BLOCK_K
+            a_scales += a_step
+            scales += step
         return y
     else:
         HALVES: tl.constexpr = 2 if FORMAT == "int4" else 1
@@ -263,6 +300,7 @@ def _product(
 @triton.jit
 def _gate_up_kernel(
     x: tl.tensor,
+    x_scales: tl.tensor,
     w_gate_up: tl.tensor,
     scales: tl.tensor,
     zeros: tl.tensor,
@@ -273,6 +311,7 @@ def _gate_up_kernel(
     slot_stride: tl.tensor,
     scale_stride: tl.tensor,
     zero_stride: tl.tensor,
+    tokens: tl.tensor,
     num_experts: tl.tensor,
     hidden: tl.tensor,
     intermediate: tl.tensor,
@@ -301,12 +340,15 @@ def _gate_up_kernel(
         row, matrix = tl.minimum(tile_n * BLOCK_N + both // 16 * 8 + both % 8, intermediate - 1), both // 8 % 2
         stacked_row = (row + matrix * intermediate).to(tl.int64)
         w_rows = w_gate_up + slot * slot_stride + stacked_row * row_length(hidden, FORMAT)
+        if FORMAT == "w8a8":
+            matrix, row = 0, tile_n * BLOCK_N  # no tile reaches over a block's end
         scale_place, step = scale_places(matrix, row, intermediate, hidden, FORMAT, GROUP)
+        up_place, _ = scale_places(1, tile_n * BLOCK_N, intermediate, hidden, FORMAT, GROUP)
         s, z = scales + slot * scale_stride, zeros + slot * zero_stride
 
         y = _product(
-            x + token * hidden, w_rows, s, z, scale_place, step, hidden,
-            EVEN_K, FORMAT, GROUP, BLOCK_M, 2 * BLOCK_N, BLOCK_K,
+            x + token * hidden, w_rows, s, z, scale_place, up_place, step,
+            x_scales, token, tokens, hidden, EVEN_K, FORMAT, GROUP, BLOCK_M, 2 * BLOCK_N, BLOCK_K,
         )  # fmt: skip
         gate, up = tl.split(tl.permute(tl.reshape(y, (BLOCK_M, BLOCK_N // 8, 2, 8)), (0, 1, 3, 2)))
         h = tl.reshape(gate * tl.sigmoid(gate) * up, (BLOCK_M, BLOCK_N))
@@ -318,6 +360,7 @@ def _gate_up_kernel(
 @triton.jit
 def _down_kernel(
     h: tl.tensor,
+    h_scales: tl.tensor,
     w_down: tl.tensor,
     scales: tl.tensor,
     zeros: tl.tensor,
@@ -329,6 +372,7 @@ def _down_kernel(
     slot_stride: tl.tensor,
     scale_stride: tl.tensor,
     zero_stride: tl.tensor,
+    pairs: tl.tensor,
     num_experts: tl.tensor,
     intermediate: tl.tensor,
     hidden: tl.tensor,
@@ -350,14 +394,16 @@ def _down_kernel(
         row = tl.minimum(column, hidden - 1).to(tl.int64)
         w_rows = w_down + slot * slot_stride + row * row_length(intermediate, FORMAT)
         s, z = scales + slot * scale_stride, zeros + slot * zero_stride
+        if FORMAT == "w8a8":
+            row = tile_n * BLOCK_N  # no tile reaches over a block's end
         scale_place, step = scale_places(0, row, hidden, intermediate, FORMAT, GROUP)
         # Loaded here, so that they arrive during the loop.
         pair = tl.load(order + place)
         factor = tl.load(weights + pair)
 
         y = _product(
-            h + place.to(tl.int64) * intermediate, w_rows, s, z, scale_place, step, intermediate,
-            EVEN_K, FORMAT, GROUP, BLOCK_M, BLOCK_N, BLOCK_K,
+            h + place.to(tl.int64) * intermediate, w_rows, s, z, scale_place, scale_place, step,
+            h_scales, place, pairs, intermediate, EVEN_K, FORMAT, GROUP, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         y *= factor[:, None]
         to = out + pair.to(tl.int64)[:, None] * hidden + column[None, :]
@@ -373,7 +419,10 @@ def _options(
     tensor cores like. BLOCK_K, and with it the order of the additions, is the same for every pass and GPU.
     """
     mean_pairs, quantised = triton.cdiv(pairs, num_experts), form["FORMAT"] != "plain"
-    if dtype == torch.float32:
+    if form["FORMAT"] == "w8a8":
+        block_m, width, block_k = (128 if mean_pairs > 64 else 64), 128, 128
+        warps = 8 if block_m == 128 else 4
+    elif dtype == torch.float32:
         block_m, width, block_k, warps = 16, 64, 64 if form["FORMAT"] == "int4" else 32, 4
     else:
         # A quantised weight is decoded once for all of a tile's pairs, so Hopper's tile is as high as registers allow;
@@ -409,6 +458,14 @@ def _programs(pairs: int, num_experts: int, outer: int, options: Form, device: t
     return programs
 
 
+def _activations(x: Tensor, scales: Tensor | None, form: Form) -> tuple[Tensor, Tensor, Form]:
+    """Return activations and their scales as kernels take them, and the form that says what they are.
+
+    fp8 goes as bytes. Plain activations take the place of scales, from which nothing is read then.
+    """
+    return (x, x, form) if scales is None else (x.view(torch.uint8), scales, form | {"FORMAT": "w8a8"})
+
+
 @experts_gate_up.register_cuda
 def experts_gate_up_triton(
     x: Tensor,
@@ -420,6 +477,7 @@ def experts_gate_up_triton(
     out: Tensor,
     scales: Tensor | None = None,
     zeros: Tensor | None = None,
+    x_scales: Tensor | None = None,
 ) -> None:
     """Launch the kernel of `experts_gate_up`."""
     pairs, num_experts = len(order), len(slots)
@@ -428,10 +486,11 @@ def experts_gate_up_triton(
     intermediate, hidden = out.shape[1], x.shape[1]
     capability = capability_of(x.device)
     form, pool = kernel_form(w_gate_up, scales, 2, capability), pools(w_gate_up, scales, zeros)
+    x, x_scales, form = _activations(x, x_scales, form)
     options = _options(pairs, num_experts, hidden, 2, x.dtype, capability, form)
     _gate_up_kernel[(_programs(pairs, num_experts, intermediate, options, x.device),)](
-        x, *pool, slots, order, offsets, out, *strides(*pool),
-        num_experts, hidden, intermediate, TOP_K=top_k, **options,
+        x, x_scales, *pool, slots, order, offsets, out, *strides(*pool),
+        len(x), num_experts, hidden, intermediate, TOP_K=top_k, **options,
     )  # fmt: skip
 
 
@@ -446,6 +505,7 @@ def experts_down_triton(
     out: Tensor,
     scales: Tensor | None = None,
     zeros: Tensor | None = None,
+    h_scales: Tensor | None = None,
 ) -> None:
     """Launch the kernel of `experts_down`."""
     pairs, num_experts = len(order), len(slots)
@@ -454,10 +514,11 @@ def experts_down_triton(
     intermediate, hidden = h.shape[1], out.shape[1]
     capability = capability_of(h.device)
     form, pool = kernel_form(w_down, scales, 1, capability), pools(w_down, scales, zeros)
+    h, h_scales, form = _activations(h, h_scales, form)
     options = _options(pairs, num_experts, intermediate, 1, h.dtype, capability, form)
     _down_kernel[(_programs(pairs, num_experts, hidden, options, h.device),)](
-        h, *pool, slots, order, offsets, weights, out, *strides(*pool),
-        num_experts, intermediate, hidden, **options,
+        h, h_scales, *pool, slots, order, offsets, weights, out, *strides(*pool),
+        len(h), num_experts, intermediate, hidden, **options,
     )  # fmt: skip
 
 
@@ -468,16 +529,23 @@ def configurations(dtype: torch.dtype, capability: int) -> list[Configuration]:
     """
     pointer = f"*{TRITON_TYPE[dtype]}:16"
     types = dict.fromkeys(("slots", "order", "offsets"), "*i32:16") | {"out": pointer, "slot_stride": "i32:16"}
-    types |= {"num_experts": "i32", "hidden": "i32:16", "intermediate": "i32:16"}
+    types |= {"num_experts": "i32", "tokens": "i32", "pairs": "i32", "hidden": "i32:16", "intermediate": "i32:16"}
     found = []
     every = ((128, 2048), (16 * 128, 2048), (64 * 128, 2048), (128 * 128, 2048), (128 * 128, 2080))
-    for form, pointers in example_forms(dtype, capability):
-        quantised = {name: kind for name, kind in pointers.items() if name != "w"}
-        gate_up = types | quantised | {"x": pointer, "w_gate_up": pointers["w"]}
-        down = types | quantised | {"h": pointer, "w_down": pointers["w"], "weights": "*fp32:16"}
+    activations = {"x": pointer, "x_scales": pointer}
+    forms = [(form, activations | weights) for form, weights in example_forms(dtype, capability)]
+    fp8 = [(form, weights) for form, weights in forms if form["FORMAT"] == "fp8"]
+    forms += [(form | {"FORMAT": "w8a8"}, weights | {"x": "*u8:16", "x_scales": "*fp32:16"}) for form, weights in fp8]
+    for form, pointers in forms:
+        others = types | {name: pointers[name] for name in pointers if name.endswith(("scales", "zeros", "stride"))}
+        gate_up = others | {"x": pointers["x"], "w_gate_up": pointers["w"]}
+        down = others | {"h": pointers["x"], "w_down": pointers["w"], "weights": "*fp32:16"}
+        gate_up.pop("pairs"), down.pop("tokens")
+        down["h_scales"] = down.pop("x_scales")
+        inputs = torch.uint8 if form["FORMAT"] == "w8a8" else dtype
         for pairs, inner in every if form["FORMAT"] == "plain" else (every[0], every[-1]):
-            options = _options(pairs, 128, inner, 2, dtype, capability, form) | {"TOP_K": 8}
+            options = _options(pairs, 128, inner, 2, inputs, capability, form) | {"TOP_K": 8}
             found.append(Configuration(_gate_up_kernel, gate_up, options, tensor_cores=True, wide_loads=True))
-            options = _options(pairs, 128, inner, 1, dtype, capability, form)
+            options = _options(pairs, 128, inner, 1, inputs, capability, form)
             found.append(Configuration(_down_kernel, down, options, tensor_cores=True, wide_loads=True))
     return found

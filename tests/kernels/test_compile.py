@@ -25,7 +25,17 @@ from duomoe.kernels.configuration import Configuration, shared_memory
 CAPABILITIES = [80, 86, 89, 90, 100, 120]
 DTYPES = [torch.bfloat16, torch.float16]
 WITHOUT_DTYPE = ["admit", "fetch", "packed_bf16", "permute"]
-MODULES = ["attention", "combine", "expert_gemv", "grouped_gemm", "rms_norm", "rope", "router", *WITHOUT_DTYPE]
+MODULES = [
+    "activations",
+    "attention",
+    "combine",
+    "expert_gemv",
+    "grouped_gemm",
+    "rms_norm",
+    "rope",
+    "router",
+    *WITHOUT_DTYPE,
+]
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 

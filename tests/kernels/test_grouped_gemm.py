@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -5,6 +7,7 @@ from hypothesis import strategies as st
 from kernel_cases import DEVICE, ExpertLayer, assert_close, each_dtype, expert_layer, few, moe_by_hand, quantised
 from torch import Tensor
 
+from duomoe.kernels.activations import quantise_activations_reference
 from duomoe.kernels.grouped_gemm import (
     experts_down,
     experts_down_reference,
@@ -117,6 +120,50 @@ def test_quantised_weights_match_the_references_in_any_waves(
     assert torch.equal(out_of_waves.nan_to_num(), out.nan_to_num())
 
 
+def check_fp8_activations(layer: ExpertLayer, waves: int) -> None:
+    """Compare with the references, both with the same activations in fp8; and in waves, where not a bit may differ."""
+    (h, out), (expected_h, expected) = poisoned(layer), poisoned(layer)
+    order, offsets = layer.sorted_pairs()
+    x, x_scales = quantise_activations_reference(layer.x)
+
+    def gate_up(layer: ExpertLayer, function: Callable[..., None], h: Tensor) -> None:
+        top_k = layer.experts.shape[1]
+        function(x, layer.w_gate_up, layer.slots, order, offsets, top_k, h, *layer.gate_up_also, x_scales)
+
+    def down(layer: ExpertLayer, function: Callable[..., None], out: Tensor) -> None:
+        function(h8, layer.w_down, layer.slots, order, offsets, layer.weights, out, *layer.down_also, h_scales)
+
+    gate_up(layer, experts_gate_up_triton, h)
+    gate_up(layer, experts_gate_up_reference, expected_h)
+    h8, h_scales = quantise_activations_reference(h.nan_to_num())
+    down(layer, experts_down_triton, out)
+    down(layer, experts_down_reference, expected)
+    resident = layer.resident()
+    in_order = resident[order.long()]
+    assert_close(h[in_order], expected_h[in_order])
+    assert_close(out[resident], expected[resident])
+    assert h[~in_order].isnan().all()
+    assert out[~resident].isnan().all()
+    h_of_waves, out_of_waves = poisoned(layer)
+    for wave in layer.waves(waves, 1):
+        gate_up(wave, experts_gate_up_triton, h_of_waves)
+        down(wave, experts_down_triton, out_of_waves)
+    assert torch.equal(h_of_waves[in_order], h[in_order])
+    assert torch.equal(out_of_waves[resident], out[resident])
+
+
+@settings(few, max_examples=4)
+@given(
+    shape=st.sampled_from([(224, 24, 6, 2), (96, 144, 5, 2), (192, 64, 4, 1)]),
+    tokens=st.sampled_from([1, 17]),
+    seed=st.integers(0, 99),
+)
+@example(shape=(136, 272, 2, 1), tokens=3, seed=0)
+@example(shape=(136, 144, 2, 1), tokens=140, seed=0)
+def test_fp8_on_both_sides(shape: tuple[int, int, int, int], tokens: int, seed: int) -> None:
+    check_fp8_activations(quantised(expert_layer(seed, torch.float16, *shape, tokens, absent=0.3), "fp8", seed), 2)
+
+
 @each_dtype
 def test_all_tokens_may_choose_one_expert(dtype: torch.dtype) -> None:
     layer = expert_layer(0, dtype, 64, 32, 8, 1, 150)
@@ -167,6 +214,13 @@ def test_real_quantised_layers_in_bfloat16(shape: tuple[int, int, int, int], tok
     h, out = poisoned(layer)
     run_triton(layer, h, out)
     assert_computed(layer, h, out)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [100, 2000])
+@pytest.mark.parametrize("shape", [(4096, 14336, 8, 2), (2048, 768, 128, 8)], ids=["mixtral", "qwen3"])
+def test_real_layers_in_fp8_on_both_sides(shape: tuple[int, int, int, int], tokens: int) -> None:
+    check_fp8_activations(quantised(expert_layer(0, torch.bfloat16, *shape, tokens, absent=0.25), "fp8"), 3)
 
 
 @pytest.mark.gpu
