@@ -82,7 +82,8 @@ class ModelFolder:
                 )
             return packed_format(*size)
         if expert_dtype == "fp8":
-            return fp8_format(*size)
+            quantization = self.config.quantization
+            return fp8_format(*size, quantization is not None and quantization.dynamic_activations)
         scales = {scale for form, scale in forms if form == "int4"}
         if self.config.quantization is None or not scales:
             return int4_format(*size, INT4_GROUP, torch.float16)

@@ -4,6 +4,7 @@ Every operation is a `torch.library` custom op in the namespace `duomoe`: on a C
 kernel, on a CPU tensor it computes the float32 reference. Experts are addressed by slot, never by expert number alone.
 """
 
+from duomoe.kernels.activations import quantise_activations
 from duomoe.kernels.admit import admit, admit_ahead
 from duomoe.kernels.attention import paged_attention
 from duomoe.kernels.combine import combine
@@ -32,6 +33,7 @@ __all__ = [
     "gemv_splits",
     "group_by_expert",
     "paged_attention",
+    "quantise_activations",
     "rms_norm",
     "rope_and_cache",
     "route",

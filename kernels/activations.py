@@ -24,7 +24,8 @@ def quantise_activations_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     groups = -(-inner // FP8_BLOCK)
     grouped = F.pad(x.float(), (0, groups * FP8_BLOCK - inner)).view(tokens, groups, FP8_BLOCK)
     largest = grouped.abs().amax(2)
-    scales = torch.where(largest == 0, 1.0, largest / FP8_MAX)
+    # By a tensor: PyTorch multiplies by a number's reciprocal on GPUs.
+    scales = torch.where(largest == 0, 1.0, largest / torch.full_like(largest, FP8_MAX))
     scaled = (grouped / scales[:, :, None]).flatten(1)[:, :inner]
     return scaled.to(torch.float8_e4m3fn).contiguous(), scales.T.contiguous()
 

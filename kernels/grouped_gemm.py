@@ -20,6 +20,7 @@ from duomoe.kernels.configuration import TRITON_TYPE, Configuration, multiproces
 from duomoe.kernels.configuration import capability as capability_of
 from duomoe.kernels.operator import operator
 from duomoe.kernels.quantised import (
+    FP8_BLOCK,
     Form,
     decoded,
     example_forms,
@@ -420,8 +421,8 @@ def _options(
     """
     mean_pairs, quantised = triton.cdiv(pairs, num_experts), form["FORMAT"] != "plain"
     if form["FORMAT"] == "w8a8":
-        block_m, width, block_k = (128 if mean_pairs > 64 else 64), 128, 128
-        warps = 8 if block_m == 128 else 4
+        # Small, so that one program scales while another multiplies: on Hopper the best for passes of all sizes.
+        block_m, width, block_k, warps = 64, 128, FP8_BLOCK, 4 if capability in (90, 100) else 8
     elif dtype == torch.float32:
         block_m, width, block_k, warps = 16, 64, 64 if form["FORMAT"] == "int4" else 32, 4
     else:
@@ -444,7 +445,8 @@ def _options(
         "GROUP_M": 16,
         "num_warps": warps,
         "num_stages": min(
-            max(shared_memory(capability) // stage, 2), 3 if warps == 8 or (quantised and block_m == 64) else 4
+            max(shared_memory(capability) // (stage * (2 if form["FORMAT"] == "w8a8" else 1)), 2),
+            3 if warps == 8 or (quantised and block_m == 64) else 4,
         ),
     }
 

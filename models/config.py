@@ -43,6 +43,7 @@ class Quantization:
     method: str  # 'fp8', 'awq' or 'gptq'
     group_size: int  # inputs that share a scale (fp8: and as many outputs)
     zero_offset: int = 0  # what is to be added to a stored zero point; GPTQ's first version stores one less
+    dynamic_activations: bool = False  # fp8: activations are to be multiplied in fp8, too, scaled as they come
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,8 @@ def parse_quantization(raw: Any) -> Quantization | None:
     if method == "fp8":
         require("fmt", raw.get("fmt", "e4m3"), "e4m3")
         require("weight_block_size", raw.get("weight_block_size"), [FP8_BLOCK, FP8_BLOCK])
-        return Quantization("fp8", FP8_BLOCK)
+        dynamic = raw.get("activation_scheme", "dynamic") == "dynamic"
+        return Quantization("fp8", FP8_BLOCK, dynamic_activations=dynamic)
     if method not in ("awq", "gptq"):
         raise InputError(f"{where}: this checkpoint is quantised by {_short(method)}; supported: fp8, awq, gptq")
     group = raw.get("group_size", raw.get("q_group_size"))

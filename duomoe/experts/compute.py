@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from duomoe.experts.format import ExpertFormat
 from duomoe.kernels import (
     combine,
     experts_down,
@@ -13,9 +14,14 @@ from duomoe.kernels import (
     experts_gate_up_gemv,
     gemv_splits,
     group_by_expert,
+    quantise_activations,
     use_gemv,
 )
+from duomoe.kernels.configuration import capability
 from duomoe.models.batch import Routing
+
+# The compute capability, times ten, from which on GPUs multiply in fp8.
+FIRST_FP8 = 89
 
 
 class ExpertSum:
@@ -25,16 +31,22 @@ class ExpertSum:
     adds the places up in the order of the router's choices. Kernels and tiles are chosen from shapes alone. So the
     result is the same bit for bit whatever the waves and the slots.
 
+    Where a checkpoint's fp8 weights are meant for fp8 activations, the grouped GEMM takes both so, on GPUs that
+    multiply in fp8; the GEMV of few tokens, which waits for memory, keeps activations as they are, and so does float32.
+
     Args:
         h: [tokens, hidden], what the experts work on.
         routing: the router's choice.
         num_experts: of the layer.
         intermediate_size: of an expert.
-        quantised: whether its weights are.
+        expert_format: of the experts' rows.
     """
 
-    def __init__(self, h: Tensor, routing: Routing, num_experts: int, intermediate_size: int, quantised: bool) -> None:
+    def __init__(
+        self, h: Tensor, routing: Routing, num_experts: int, intermediate_size: int, expert_format: ExpertFormat
+    ) -> None:
         self.h, self.routing, self.intermediate_size = h, routing, intermediate_size
+        quantised = expert_format.quantised
         (tokens, hidden), top_k = h.shape, routing.experts.shape[1]
         pairs = tokens * top_k
         self.few_tokens = use_gemv(tokens, top_k, num_experts)
@@ -45,6 +57,9 @@ class ExpertSum:
         else:
             self.order, self.offsets = group_by_expert(routing.experts, num_experts)
             self.parts = h.new_empty(1, pairs, hidden)
+            has_fp8 = capability(h.device) >= FIRST_FP8 and h.dtype != torch.float32
+            self.fp8 = expert_format.fp8_activations and has_fp8
+            self.inputs = self._inputs(h)
 
     def wave(self, weights: Mapping[str, Tensor], slots: Tensor) -> None:
         """Compute the pairs whose experts are resident.
@@ -63,8 +78,14 @@ class ExpertSum:
         else:
             order, offsets, top_k = self.order, self.offsets, experts.shape[1]
             gated = self.h.new_empty(experts.numel(), self.intermediate_size)
-            experts_gate_up(self.h, gate_up, slots, order, offsets, top_k, gated, *of_gate_up)
-            experts_down(gated, down, slots, order, offsets, self.routing.weights, self.parts[0], *of_down)
+            x, x_scales = self.inputs
+            experts_gate_up(x, gate_up, slots, order, offsets, top_k, gated, *of_gate_up, x_scales)
+            gated, scales = self._inputs(gated)
+            experts_down(gated, down, slots, order, offsets, self.routing.weights, self.parts[0], *of_down, scales)
+
+    def _inputs(self, activations: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return activations as the grouped GEMM takes them, with their scales where they are fp8."""
+        return quantise_activations(activations) if self.fp8 else (activations, None)
 
     def total(self) -> Tensor:
         """Return the sum, [tokens, hidden], once every expert has had its wave."""

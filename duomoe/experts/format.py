@@ -59,6 +59,7 @@ class ExpertFormat:
     tensors: Mapping[str, RowTensor]
     row_bytes: int
     convert: Callable[[Matrix], Matrix]  # to the form whose `row_tensors` a row holds
+    fp8_activations: bool = False  # whether the activations of many tokens are quantised, too (ExpertSum)
 
     @property
     def quantised(self) -> bool:
@@ -111,13 +112,14 @@ def packed_format(hidden_size: int, intermediate_size: int) -> ExpertFormat:
     return replace(plain_format(hidden_size, intermediate_size, torch.bfloat16), name="bf16-packed")
 
 
-def fp8_format(hidden_size: int, intermediate_size: int) -> ExpertFormat:
+def fp8_format(hidden_size: int, intermediate_size: int, fp8_activations: bool = False) -> ExpertFormat:
     """Return the format of experts in float8_e4m3fn, with float32 scales of blocks of 128 by 128."""
 
     def stored(outer: int, inner: int) -> list[Stored]:
         return [((outer, inner), torch.float8_e4m3fn), (block_shape(outer, inner), torch.float32)]
 
-    return _format("fp8", hidden_size, intermediate_size, stored, to_fp8)
+    expert_format = _format("fp8", hidden_size, intermediate_size, stored, to_fp8)
+    return replace(expert_format, fp8_activations=fp8_activations)
 
 
 def int4_format(hidden_size: int, intermediate_size: int, group: int, scale_dtype: torch.dtype) -> ExpertFormat:

@@ -21,6 +21,7 @@ from duomoe.experts.prefill import SMALLEST_RING, ring_slots
 from duomoe.kernels import LANES, gemv_splits
 from duomoe.kernels.attention import CHUNK as DECODE_CHUNK
 from duomoe.kernels.permute import BLOCK as SORT_BLOCK
+from duomoe.kernels.quantised import FP8_BLOCK
 from duomoe.memory.kv_cache import PAGE_SIZE, kv_page_bytes, pages_for
 from duomoe.models import Architecture, ModelConfig
 from duomoe.sizes import format_size
@@ -235,6 +236,9 @@ class Plan:
             "attention": chunk * item * (5 * hidden + 3 * model.q_size + 2 * model.kv_size + model.num_experts),
             # Gate times up of each pair of a chunk, and the sum over a token's experts.
             "experts": chunk * item * (top_k * model.moe_intermediate_size + hidden),
+            # The same in fp8, with a scale for every 128; what goes into the experts is kept for all chunks.
+            "fp8 activations": n * self._fp8_bytes(hidden)
+            + chunk * top_k * self._fp8_bytes(model.moe_intermediate_size),
             # Of the shared expert or a dense block: gate and up, the activation, the product, and four steps of adding.
             "MLP": chunk * item * (4 * mlp + 4 * hidden),
             # Partial sums over chunks of the context.
@@ -244,6 +248,10 @@ class Plan:
             # One row for each sequence, and about 16 words for each of its elements while a token is drawn.
             "logits": self.max_batch * model.vocab_size * (item + 16 * 4),
         }
+
+    def _fp8_bytes(self, inner: int) -> int:
+        """Return what activations of `inner` values take in fp8, with their scales, where experts are given such."""
+        return inner + 4 * math.ceil(inner / FP8_BLOCK) if self.expert_format.fp8_activations else 0
 
     def _gemv_bytes(self) -> int:
         model = self.model

@@ -21,6 +21,7 @@ from duomoe.kernels import (
     experts_gate_up_gemv,
     group_by_expert,
     paged_attention,
+    quantise_activations,
 )
 from duomoe.kernels.expert_gemv import gemv_splits
 from duomoe.kernels.packed_bf16 import count_patches, pack_bf16, packed_bytes
@@ -85,6 +86,7 @@ def random(*shape: int, scale: float = 1.0) -> Tensor:
 Pool = tuple[Tensor, Tensor | None, Tensor | None]  # weights, scales, zero points
 
 forms = pytest.mark.parametrize("form", ["plain", "fp8", "int4"])
+gemm_forms = pytest.mark.parametrize("form", ["plain", "fp8", "w8a8", "int4"])
 
 
 def matrices(shape: Shape, form: str) -> tuple[Pool, Pool, Tensor]:
@@ -101,7 +103,7 @@ def pool(form: str, slots: int, stacked: int, outer: int, inner: int) -> Pool:
     rows = stacked * outer
     if form == "plain":
         return random(slots, rows, inner, scale=inner**-0.5), None, None
-    if form == "fp8":
+    if form in ("fp8", "w8a8"):
         groups, columns = block_shape(outer, inner)
         w = random(slots, rows, inner).to(torch.float8_e4m3fn)
         return w, torch.full((slots, stacked * groups, columns), inner**-0.5, device=DEVICE), None
@@ -183,18 +185,27 @@ def sorted_pass(shape: Shape, tokens: int) -> tuple[Tensor, Tensor]:
     return group_by_expert(chosen, shape.num_experts)
 
 
-@forms
+def inputs(x: Tensor, form: str) -> tuple[Tensor, Tensor | None]:
+    """Activations as a form takes them; to quantise them is part of the work."""
+    return quantise_activations(x) if form == "w8a8" else (x, None)
+
+
+@gemm_forms
 @prefill_shapes
 def test_gate_up_gemm(benchmark: BenchmarkFixture, shape: Shape, tokens: int, form: str) -> None:
     (w, *also), _, slots = matrices(shape, form)
     x, (order, offsets) = random(tokens, shape.hidden), sorted_pass(shape, tokens)
     h = torch.empty(len(order), shape.intermediate, dtype=DTYPE, device=DEVICE)
     teraflop = 4 * len(order) * shape.hidden * shape.intermediate / 1e12
-    calls = [lambda: experts_gate_up(x, w, slots, order, offsets, shape.top_k, h, *also)]
-    measure(benchmark, calls, teraflop=teraflop, gigabytes=shape.num_experts * expert_gigabytes((w, *also)))
+
+    def call() -> None:
+        fed, fed_scales = inputs(x, form)
+        experts_gate_up(fed, w, slots, order, offsets, shape.top_k, h, *also, fed_scales)
+
+    measure(benchmark, [call], teraflop=teraflop, gigabytes=shape.num_experts * expert_gigabytes((w, *also)))
 
 
-@forms
+@gemm_forms
 @prefill_shapes
 def test_down_gemm(benchmark: BenchmarkFixture, shape: Shape, tokens: int, form: str) -> None:
     _, (w, *also), slots = matrices(shape, form)
@@ -202,8 +213,12 @@ def test_down_gemm(benchmark: BenchmarkFixture, shape: Shape, tokens: int, form:
     h, weights = random(len(order), shape.intermediate), torch.rand(tokens, shape.top_k, device=DEVICE)
     out = torch.empty(len(order), shape.hidden, dtype=DTYPE, device=DEVICE)
     teraflop = 2 * len(order) * shape.hidden * shape.intermediate / 1e12
-    calls = [lambda: experts_down(h, w, slots, order, offsets, weights, out, *also)]
-    measure(benchmark, calls, teraflop=teraflop, gigabytes=shape.num_experts * expert_gigabytes((w, *also)))
+
+    def call() -> None:
+        fed, fed_scales = inputs(h, form)
+        experts_down(fed, w, slots, order, offsets, weights, out, *also, fed_scales)
+
+    measure(benchmark, [call], teraflop=teraflop, gigabytes=shape.num_experts * expert_gigabytes((w, *also)))
 
 
 @prefill_shapes

@@ -203,10 +203,36 @@ def test_the_sum_over_quantised_experts_is_that_of_their_values(case: str, token
     for expert_format in (format_of(200, 72), plain_format(200, 72, torch.float32)):
         rows = layer.rows(expert_format)
         fill_layer(stored, expert_format, layer.sources, rows)
-        total = ExpertSum(h, routing, 4, 72, expert_format.quantised)
+        total = ExpertSum(h, routing, 4, 72, expert_format)
         total.wave(expert_format.views(rows), torch.arange(4, dtype=torch.int32))
         totals.append(total.total())
     assert torch.equal(*totals)
+
+
+def test_fp8_activations_are_close_and_the_same_in_waves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantization, make, _ = CASES["fp8"]
+    layer, random = Layer(tmp_path, make, 200, 72, experts=4), generator(1)
+    h = torch.randn(20, 200, generator=random)
+    chosen = torch.rand(20, 4, generator=random).argsort(1)[:, :2].int()
+    routing = Routing(experts=chosen, weights=torch.rand(20, 2, generator=random))
+    weights_only, both = fp8_format(200, 72), fp8_format(200, 72, fp8_activations=True)
+    rows = layer.rows(both)
+    fill_layer(layer.stored(quantization), both, layer.sources, rows)
+
+    def total(h: Tensor, expert_format: ExpertFormat, *waves: list[int]) -> Tensor:
+        sums = ExpertSum(h, routing, 4, 72, expert_format)
+        for slots in waves:
+            sums.wave(expert_format.views(rows), torch.tensor(slots, dtype=torch.int32))
+        return sums.total()
+
+    exact = total(h.bfloat16(), weights_only, [0, 1, 2, 3])
+    assert torch.equal(total(h.bfloat16(), both, [0, 1, 2, 3]), exact)  # the CPU has no products in fp8
+    monkeypatch.setattr("duomoe.experts.compute.capability", lambda device: 90)
+    assert torch.equal(total(h, both, [0, 1, 2, 3]), total(h, weights_only, [0, 1, 2, 3]))
+    in_fp8 = total(h.bfloat16(), both, [0, 1, 2, 3])
+    assert torch.equal(total(h.bfloat16(), both, [-1, 1, -1, 3], [0, -1, 2, -1]), in_fp8)
+    error = (in_fp8.float() - exact.float()).norm() / exact.float().norm()
+    assert 0.005 < error < 0.06
 
 
 def test_a_layer_of_bfloat16_packs_and_comes_back(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ class Policy(ABC):
 
     def __init__(self, model: Model, store: ExpertStore) -> None:
         self.model = model
-        self._quantised = store.format.quantised
+        self._format = store.format
         self.traffic = Traffic()
         # Sees every router's input [tokens, hidden] and choice, by the MoE layer's number: what traces are made of.
         self.observer: Callable[[int, Tensor, Routing], None] | None = None
@@ -94,7 +94,7 @@ class Policy(ABC):
         config = self.model.config
         return LayerSum(
             [
-                ExpertSum(h, routing, config.num_experts, config.moe_intermediate_size, self._quantised)
+                ExpertSum(h, routing, config.num_experts, config.moe_intermediate_size, self._format)
                 for h, routing in zip(inputs, routings, strict=True)
             ]
         )
