@@ -105,8 +105,9 @@ def test_every_budget_gives_the_same_bits_on_a_gpu(
     prompt, params, size = prompt_of(50), SamplingParams(max_new_tokens=6), ROW_BYTES[form_of(method)]
     whole = LLM(stored, dtype="bfloat16", compile="off")
     of_values = LLM(plain, dtype="bfloat16", compile="off").logits(prompt)
-    apart = 0.1 if method == "fp8" else 0.02  # fp8 activations have three bits of mantissa
-    torch.testing.assert_close(whole.logits(prompt), of_values, rtol=apart, atol=apart * float(of_values.abs().max()))
+    # Activations in fp8 have three bits of mantissa, and now and then another expert is chosen for it: by position.
+    error = (whole.logits(prompt) - of_values).norm(dim=1) / of_values.norm(dim=1)
+    assert error.median() < (0.1 if method == "fp8" else 0.01)
     for slots in (1, 3, 10):
         llm = LLM(stored, dtype="bfloat16", compile="off", policy=policy, expert_memory=slots * size)
         assert torch.equal(llm.logits(prompt), whole.logits(prompt))
