@@ -145,9 +145,7 @@ class LLM:
         if resident:
             self.policy = Resident(model, store)
         else:
-            staging_bytes = store.largest_packed_row
-            assert 2 * staging_bytes <= plan.staging_bytes or device.type == "cpu", "staging is not as planned"
-            link = open_link(device, self.engine_config.pace(), staging_bytes)
+            link = open_link(device, self.engine_config.pace(), store.pinned)
             predictor = self._predictor(folder, model) if plan.policy in PREDICTED else None
             bounded = BOUNDED[plan.policy](model, store, plan.num_slots, link, predictor)
             assert bounded.residency.pool.rows.nbytes == plan.slot_bytes, "the slots are not as planned"

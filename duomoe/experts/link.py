@@ -256,19 +256,16 @@ class HostLink(Link):
 class CudaLink(Link):
     """The link to a GPU: a stream of its own for copies from pinned memory; marks and copies are CUDA events.
 
-    A packed row crosses into one of two rows of staging memory. Another stream expands it from there, while the next
-    one crosses.
+    A packed row is expanded by a kernel that reads the host's memory by itself.
 
     Args:
         device: the GPU.
-        staging_bytes: of the largest packed row; 0 where none is packed.
+        pinned: whether it can read the rows; if not, the host expands packed ones, and waits for each copy to begin.
     """
 
-    def __init__(self, device: torch.device, staging_bytes: int) -> None:
+    def __init__(self, device: torch.device, pinned: bool) -> None:
         self.stream = torch.cuda.Stream(device)
-        self._expanding = torch.cuda.Stream(device)
-        self._staging = deque(torch.empty(2, staging_bytes, dtype=torch.uint8, device=device))  # the next one first
-        self._expanded = deque((torch.cuda.Event(), torch.cuda.Event()))  # behind the last expansion from each
+        self.pinned = pinned
 
     def mark(self) -> torch.cuda.Event:
         """Record an event on the stream that computes."""
@@ -278,34 +275,20 @@ class CudaLink(Link):
 
     def send(self, source: Tensor, slot: Tensor, after: torch.cuda.Event | None = None) -> torch.cuda.Event:
         """Queue a copy on the link's stream, behind `after`; return an event behind the copy."""
-        if source.nbytes < slot.nbytes:
-            return self._send_packed(source, slot, after)
+        packed = source.nbytes < slot.nbytes
+        if packed and not self.pinned:
+            expanded = torch.empty(slot.shape, dtype=torch.uint8)
+            expand_bf16(source[None], expanded.view(torch.bfloat16)[None])
+            source, packed = expanded, False
         with torch.cuda.stream(self.stream):
-            # What was expanded last may have been for the same slot, and not waited for.
-            self.stream.wait_event(self._expanded[-1])
             if after is not None:
                 self.stream.wait_event(after)
-            slot.copy_(source, non_blocking=True)
+            if packed:
+                expand_bf16(source[None], slot.view(torch.bfloat16)[None])
+            else:
+                slot.copy_(source, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        return arrived
-
-    def _send_packed(self, source: Tensor, slot: Tensor, after: torch.cuda.Event | None) -> torch.cuda.Event:
-        """Queue a copy into a staging row, and the expansion behind it and behind `after`."""
-        staging, crossed, arrived = self._staging[0][: len(source)], torch.cuda.Event(), torch.cuda.Event()
-        with torch.cuda.stream(self.stream):
-            self.stream.wait_event(self._expanded[0])
-            staging.copy_(source, non_blocking=True)
-            crossed.record()
-        with torch.cuda.stream(self._expanding):
-            self._expanding.wait_event(crossed)
-            if after is not None:
-                self._expanding.wait_event(after)
-            expand_bf16(staging[None], slot.view(torch.bfloat16)[None])
-            arrived.record()
-        self._expanded[0] = arrived
-        self._staging.rotate()
-        self._expanded.rotate()
         return arrived
 
     def wait(self, copy: torch.cuda.Event) -> None:
@@ -320,6 +303,6 @@ class CudaLink(Link):
         """Do nothing: a stream needs no end."""
 
 
-def open_link(device: torch.device, pace: Pace | None, staging_bytes: int) -> Link:
-    """Return the link to a device; only the CPU's can be paced, and only a GPU's needs staging memory (`CudaLink`)."""
-    return CudaLink(device, staging_bytes) if device.type == "cuda" else HostLink(pace)
+def open_link(device: torch.device, pace: Pace | None, pinned: bool) -> Link:
+    """Return the link to a device: the CPU's can be paced; a GPU's reads pinned memory by itself (`CudaLink`)."""
+    return CudaLink(device, pinned) if device.type == "cuda" else HostLink(pace)

@@ -12,12 +12,6 @@ from duomoe.kernels.packed_bf16 import count_patches, most_patches, pack_bf16, p
 USUALLY_PATCHED = 4096
 
 
-def largest_packed_bytes(row_bytes: int) -> int:
-    """Return the most bytes that a packed row has of a plain one of so many bytes."""
-    values = row_bytes // 2
-    return min(packed_bytes(values, most_patches(values)), row_bytes)
-
-
 def usual_packed_bytes(row_bytes: int) -> int:
     """Return about how many bytes a packed row has of a plain one of so many bytes."""
     values = row_bytes // 2

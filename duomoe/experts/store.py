@@ -50,8 +50,3 @@ class ExpertStore:
     def packed(self) -> list[bool]:
         """Whether each layer's rows are packed."""
         return [rows.shape[1] != self.format.row_bytes for rows in self.layers]
-
-    @property
-    def largest_packed_row(self) -> int:
-        """Bytes of a row of the layer that packs least; 0 where none is packed."""
-        return max((rows.shape[1] for rows, packed in zip(self.layers, self.packed, strict=True) if packed), default=0)

@@ -15,7 +15,7 @@ import torch
 
 from duomoe.errors import InputError
 from duomoe.experts.format import ExpertFormat
-from duomoe.experts.packed import largest_packed_bytes, usual_packed_bytes
+from duomoe.experts.packed import usual_packed_bytes
 from duomoe.experts.policies import BOUNDED, PREDICTED, STREAMING
 from duomoe.experts.prefill import SMALLEST_RING, ring_slots
 from duomoe.kernels import LANES, gemv_splits
@@ -149,12 +149,6 @@ class Plan:
         return graphs + directory
 
     @property
-    def staging_bytes(self) -> int:
-        """Bytes of the two rows on a GPU that packed rows cross into, to be expanded from there; at most so many."""
-        packed = self.device == "cuda" and self.expert_format.packed
-        return 2 * largest_packed_bytes(self.row_bytes) if packed else 0
-
-    @property
     def ring_slots(self) -> int:
         """How many of the slots a prefill streams through; the others it leaves to what decode uses."""
         if self.policy not in STREAMING:
@@ -182,7 +176,7 @@ class Plan:
         pages = [self.kv_bytes // (2 * self.model.num_layers)] * (2 * self.model.num_layers)
         pools = len(self.model.moe_layers) if self.policy == "resident" else 1
         rows = [self.slot_bytes // pools] * pools if self.num_slots else []
-        tensors = [*self.weight_sizes, self.predictor_bytes, self.staging_bytes, *pages, *rows]
+        tensors = [*self.weight_sizes, self.predictor_bytes, *pages, *rows]
         # Blocks of the workspace are cached and split: a quarter, and two segments, for what does not fit together.
         return (
             cuda_reserved(tensors)
@@ -196,7 +190,7 @@ class Plan:
     def total(self) -> int:
         """Bytes on the device: on CUDA the most that torch's allocator reserves."""
         fixed = self.weights_bytes + self.predictor_bytes + self.workspace_bytes + self.decode_bytes
-        return fixed + self.kv_bytes + self.slot_bytes + self.staging_bytes + self.allocator_bytes
+        return fixed + self.kv_bytes + self.slot_bytes + self.allocator_bytes
 
     @property
     def store_bytes(self) -> int:
@@ -278,7 +272,6 @@ class Plan:
             "workspace_bytes": self.workspace_bytes,
             "workspace": self.workspace(),
             "expert_slots_bytes": self.slot_bytes,
-            "staging_bytes": self.staging_bytes,
             "prefill_ring_bytes": self.ring_slots * self.row_bytes,
             "allocator_bytes": self.allocator_bytes,
             "expert_store_bytes": self.store_bytes,
@@ -316,8 +309,6 @@ class Plan:
             rows.append(("kept for decode", (slots - ring) * self.row_bytes, f"{slots - ring} slots; in all {share}"))
         else:
             rows.append(("expert slots", self.slot_bytes, share))
-        if self.staging_bytes:
-            rows.append(("staging", self.staging_bytes, "two packed experts"))
         if self.allocator_bytes:
             rows.append(("allocator", self.allocator_bytes, "rounding and cuBLAS"))
         limit = "no limit" if self.budget is None else f"of {format_size(self.budget)}"
@@ -469,7 +460,6 @@ def _too_little(least: Plan, limits: Limits) -> str:
         ("predictor", least.predictor_bytes),
         ("decode", least.decode_bytes),
         (f"{least.num_slots} expert slot{'' if least.num_slots == 1 else 's'}", least.slot_bytes),
-        ("staging", least.staging_bytes),
         ("allocator", least.allocator_bytes),
     ]
     named = " + ".join(f"{name} {format_size(size)}" for name, size in parts if size)

@@ -91,10 +91,10 @@ def test_fetch_packed(benchmark: BenchmarkFixture, count: int, row_bytes: int) -
 @pytest.mark.gpu
 @each_packed_shape
 def test_link_packed(benchmark: BenchmarkFixture, count: int, row_bytes: int) -> None:
-    """The same rows over the link that prefill uses: copied to staging memory, and expanded from there."""
+    """The same rows over the link that prefill uses."""
     plain, rows = packed_rows(count, row_bytes)
     pool = torch.empty(count, row_bytes, dtype=torch.uint8, device=DEVICE)
-    link = CudaLink(DEVICE, rows.shape[1])
+    link = CudaLink(DEVICE, pinned=True)
     seconds = []
 
     def send() -> None:

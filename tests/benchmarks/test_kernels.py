@@ -14,7 +14,6 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from duomoe.kernels import (
-    expand_bf16,
     experts_down,
     experts_down_gemv,
     experts_gate_up,
@@ -24,7 +23,6 @@ from duomoe.kernels import (
     quantise_activations,
 )
 from duomoe.kernels.expert_gemv import gemv_splits
-from duomoe.kernels.packed_bf16 import count_patches, pack_bf16, packed_bytes
 from duomoe.kernels.quantised import block_shape, packed_width, scale_shape
 
 GPU = torch.cuda.is_available()
@@ -229,20 +227,6 @@ def test_dense_matmul(benchmark: BenchmarkFixture, shape: Shape, tokens: int) ->
     out = torch.empty(pairs, outer, dtype=DTYPE, device=DEVICE)
     teraflop = 2 * pairs * outer * shape.hidden / 1e12
     measure(benchmark, [lambda: torch.mm(x, w.T, out=out)], teraflop=teraflop)
-
-
-@decode_shapes
-def test_expand(benchmark: BenchmarkFixture, shape: Shape) -> None:
-    """One expert's packed row expanded into its plain bfloat16 row, from and to the device's memory."""
-    values = 3 * shape.hidden * shape.intermediate
-    rows = 8 if GPU else 1
-    plain = torch.randn(values).bfloat16()
-    packed = torch.zeros(packed_bytes(values, count_patches(plain)), dtype=torch.uint8)
-    pack_bf16(plain, packed)
-    copies = packed.to(DEVICE).repeat(rows, 1)
-    out = torch.empty(rows, values, dtype=torch.bfloat16, device=DEVICE)
-    calls = [lambda row=row: expand_bf16(copies[row : row + 1], out[row : row + 1]) for row in range(rows)]
-    measure(benchmark, calls, gigabytes=(packed.nbytes + plain.nbytes) / 1e9)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,6 @@
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +14,12 @@ from torch import Tensor
 
 from duomoe import LLM, EngineConfig, InputError, SamplingParams, generate
 from duomoe.experts.decode import Decode
-from duomoe.experts.format import packed_format, plain_format
+from duomoe.experts.format import packed_format
 from duomoe.experts.link import Copy, HostLink, Pace
-from duomoe.experts.packed import largest_packed_bytes, pack_layer
+from duomoe.experts.packed import pack_layer
 from duomoe.experts.policies import BOUNDED
 from duomoe.experts.store import ExpertStore
-from duomoe.memory.plan import Limits, make_plan
-from duomoe.model_folder import EMBEDDED_MODEL, ModelFolder
+from duomoe.model_folder import EMBEDDED_MODEL
 
 # An expert is two blocks of 16,384 values and a quarter, without bytes between its tensors.
 HIDDEN, INTERMEDIATE = 128, 96
@@ -221,14 +218,12 @@ def test_a_packed_copy_sent_ahead_makes_way_and_goes_on_where_it_stood() -> None
 def test_a_layer_of_which_one_row_does_not_pack_stays_plain() -> None:
     plain = weights(4, 16384 + 384)
     store = ExpertStore(packed_format(128, 43), 2, 4, torch.device("cpu"), pinned=False)
-    assert store.largest_packed_row == 0
     plain = torch.nn.functional.pad(plain, (0, store.format.row_bytes - plain.shape[1]))
     store.add(plain)
     wild = plain.clone()
     wild[2].view(torch.bfloat16)[::50] = 1e-20
     store.add(wild)
     assert store.packed == [True, False]
-    assert store.largest_packed_row == store.layers[0].shape[1] <= largest_packed_bytes(store.format.row_bytes)
     wild[:] = 0  # the caller's to use again
     assert store.layers[1].any()
 
@@ -250,21 +245,6 @@ def test_the_plan_estimates_what_is_packed() -> None:
     assert llm.plan.num_slots == plain.num_slots and llm.plan.slot_bytes == plain.slot_bytes
     assert abs(llm.memory["expert_store_bytes"] - llm.plan.store_bytes) < 0.01 * llm.plan.store_bytes
     assert llm.memory["expert_store_bytes"] < 0.754 * plain.store_bytes
-
-
-def test_staging_is_planned_on_a_gpu_alone() -> None:
-    model = ModelFolder()
-    size = model.config.hidden_size, model.config.moe_intermediate_size
-    limits = Limits("cuda", "duo", None, "--gpu-memory", 1 << 40, Fraction(1, 4), 512, 1)
-    plain, packed = (
-        make_plan(model.architecture, model.config, torch.bfloat16, expert_format, 0, limits)
-        for expert_format in (plain_format(*size, torch.bfloat16), packed_format(*size))
-    )
-    assert plain.staging_bytes == 0 < packed.staging_bytes == 2 * largest_packed_bytes(packed.row_bytes)
-    more = packed.allocator_bytes - plain.allocator_bytes
-    assert packed.total == plain.total + packed.staging_bytes + more
-    on_host = replace(packed, device="cpu")
-    assert on_host.staging_bytes == 0 and "staging" in packed.table() and "staging" not in on_host.table()
 
 
 def test_layers_that_do_not_pack_are_named_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
