@@ -236,7 +236,12 @@ def test_a_prompt_that_is_not_text(folder: Path, capsys: pytest.CaptureFixture[s
 
 def start(folder: Path, *args: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "duomoe.generate", "--model", str(folder), "--prompt", "hello", *args]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def hear_interrupts() -> None:
+        # A shell's background job, as these tests may be, ignores them, and so would its children.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=hear_interrupts)
 
 
 def test_a_closed_pipe_ends_silently(folder: Path) -> None:
