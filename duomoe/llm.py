@@ -6,7 +6,7 @@ import secrets
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from duomoe.experts.predictor import GatePredictor, Predictor, load_predictor
 from duomoe.experts.store import ExpertStore
 from duomoe.loading import load_weights
 from duomoe.memory.kv_cache import KVCache
-from duomoe.memory.plan import Plan
+from duomoe.memory.plan import Plan, make_plan
 from duomoe.model_folder import EMBEDDED_MODEL, ModelFolder
 from duomoe.models import Model
 from duomoe.models.config import token_ids
@@ -125,18 +125,22 @@ class LLM:
         resident = plan.policy == "resident"
         store = ExpertStore(
             plan.expert_format,
-            len(self.config.moe_layers),
             self.config.num_experts,
             device if resident else torch.device("cpu"),
-            pinned=not resident and device.type == "cuda",
+            pin=not resident and device.type == "cuda",
         )
         # Of each layer with experts; all 0 where they are as the checkpoint stores them.
         self.quantisation_errors = load_weights(folder, model, store, quiet)
-        store_bytes = plan.num_experts * plan.row_bytes  # of packed rows, at most
-        assert store.num_bytes == store_bytes or plan.expert_format.packed, "the store is not as planned"
-        layers = zip(self.config.moe_layers, store.packed, strict=True)
+        formats = zip(self.config.moe_layers, store.formats, strict=True)
         # Those that were to be packed and do not pack.
-        self.unpacked_layers = [layer for layer, packed in layers if plan.expert_format.packed and not packed]
+        self.unpacked_layers = [layer for layer, each in formats if each is not store.format]
+        if self.unpacked_layers:
+            # One slot has room for a row of any layer, so there are as many as if none packed.
+            row = replace(store.format, row_bytes=max(each.row_bytes for each in store.formats))
+            limits = replace(plan.limits, policy=plan.policy)
+            self.plan = plan = make_plan(folder.architecture, self.config, plan.dtype, row, plan.dequantised, limits)
+        else:
+            assert store.num_bytes == plan.num_experts * plan.row_bytes, "the store is not as planned"
         model.share_equal_head()
         if device.type == "cuda":
             torch.cuda.empty_cache()  # what comparing the heads took is not to count beside what follows
@@ -145,7 +149,7 @@ class LLM:
         if resident:
             self.policy = Resident(model, store)
         else:
-            link = open_link(device, self.engine_config.pace(), store.pinned)
+            link = open_link(device, self.engine_config.pace())
             predictor = self._predictor(folder, model) if plan.policy in PREDICTED else None
             bounded = BOUNDED[plan.policy](model, store, plan.num_slots, link, predictor)
             assert bounded.residency.pool.rows.nbytes == plan.slot_bytes, "the slots are not as planned"

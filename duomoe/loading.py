@@ -1,7 +1,7 @@
 """Loading: a checkpoint's weights into a model and the store of its experts, converted on their way where need be.
 
-What is plain and stays plain is read straight into its place. Quantised matrices are read one by one, converted and
-put there, several at a time; experts that are packed are read layer by layer. Nothing else is ever held twice.
+What is plain and stays plain is read straight into its place. Other matrices are read one by one, converted and put
+there, several at a time. Nothing else is ever held twice.
 """
 
 from collections.abc import Iterator
@@ -12,6 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from duomoe.checkpoint import READERS
+from duomoe.experts.format import plain_format
+from duomoe.experts.matrix import DoesNotPack
 from duomoe.experts.store import ExpertStore
 from duomoe.experts.stored import StoredMatrices, fill_layer
 from duomoe.model_folder import ModelFolder
@@ -22,7 +24,7 @@ Place = tuple[str, Tensor]
 
 
 def load_weights(folder: ModelFolder, model: Model, store: ExpertStore, quiet: bool) -> list[float]:
-    """Fill a model and the store of its experts.
+    """Fill a model and the empty store of its experts.
 
     Args:
         folder: where the weights are.
@@ -49,31 +51,41 @@ def load_weights(folder: ModelFolder, model: Model, store: ExpertStore, quiet: b
     for name, view in model.destinations():
         (quantised if stored.is_quantised(name, tuple(view.shape)) else direct).append((name, view))
     experts = expert_tensors(architecture, config)
-    packed = store.format.packed
-    converted = not packed and (store.format.name != "plain" or any(stored.is_quantised(*tensor) for tensor in experts))
-    if not converted and not packed:
-        for layer, rows in zip(config.moe_layers, store.layers, strict=True):
-            direct += _places_of_experts(folder, store, layer, rows)
+    converted = store.format.name != "plain" or any(stored.is_quantised(*tensor) for tensor in experts)
+    if not converted:
+        for layer in config.moe_layers:
+            store.add(store.rows(store.format), store.format)
+            direct += _places_of_experts(folder, store, layer)
     folder.checkpoint.load(direct, quiet)
     _dequantise(stored, quantised)
-    errors = [0.0] * len(config.moe_layers)
-    if packed:
-        # Zeros between a row's tensors, where nothing is read, are packed like any others.
-        rows = torch.zeros(config.num_experts, store.format.row_bytes, dtype=torch.uint8)
-        for layer in tqdm(config.moe_layers, "packing experts", disable=quiet, leave=False, unit="layer"):
-            folder.checkpoint.load(_places_of_experts(folder, store, layer, rows), quiet=True)
-            store.add(rows)
-    if converted:
-        layers = list(zip(config.moe_layers, store.layers, strict=True))
-        for index, (layer, rows) in enumerate(tqdm(layers, "experts", disable=quiet, leave=False, unit="layer")):
-            sources = [architecture.expert_sources(config, layer, expert) for expert in range(config.num_experts)]
-            errors[index] = fill_layer(stored, store.format, sources, rows).relative
-    return errors
+    if not converted:
+        return [0.0] * len(config.moe_layers)
+    layers = tqdm(config.moe_layers, "experts", disable=quiet, leave=False, unit="layer")
+    return [_convert_experts(folder, store, layer) for layer in layers]
 
 
-def _places_of_experts(folder: ModelFolder, store: ExpertStore, layer: int, rows: Tensor) -> Iterator[Place]:
-    """Yield each tensor of a layer's experts by its name in the checkpoint, and its place in the layer's plain rows."""
-    views = store.format.views(rows)
+def _convert_experts(folder: ModelFolder, store: ExpertStore, layer: int) -> float:
+    """Add a layer's experts to the store, converted to its format; plain ones where that is packed and one does not.
+
+    Returns:
+        What they have lost by it.
+    """
+    config, rows = folder.config, store.rows(store.format)
+    sources = [folder.architecture.expert_sources(config, layer, expert) for expert in range(config.num_experts)]
+    try:
+        error = fill_layer(folder.stored, store.format, sources, rows)
+        store.add(rows, store.format)
+    except DoesNotPack:
+        del rows
+        plain = plain_format(config.hidden_size, config.moe_intermediate_size, torch.bfloat16)
+        store.add(rows := store.rows(plain), plain)
+        error = fill_layer(folder.stored, plain, sources, rows)
+    return error.relative
+
+
+def _places_of_experts(folder: ModelFolder, store: ExpertStore, layer: int) -> Iterator[Place]:
+    """Yield each tensor of the experts that were added last by its name in the checkpoint, and its place in its row."""
+    views = store.formats[-1].views(store.layers[-1])
     for expert in range(store.num_experts):
         for name, sources in folder.architecture.expert_sources(folder.config, layer, expert).items():
             yield from stacked(sources, views[name][expert])

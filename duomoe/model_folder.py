@@ -57,7 +57,7 @@ class ModelFolder:
 
         Raises:
             InputError: for 'auto', when the checkpoint does not store all experts alike; for 'bf16-packed', when they
-                are not to be plain bfloat16.
+                are not to be plain bfloat16, or so small that they would have more bytes.
         """
         forms = {("plain", dtype)}
         if self.config.quantization is not None:
@@ -80,7 +80,13 @@ class ModelFolder:
                     f"{self.checkpoint.path}: its experts are stored quantised, smaller than bf16-packed; leave "
                     f"--expert-dtype out"
                 )
-            return packed_format(*size)
+            packed, plain = packed_format(*size), plain_format(*size, dtype)
+            if packed.row_bytes >= plain.row_bytes:
+                raise InputError(
+                    f"--expert-dtype bf16-packed: experts of this size take {packed.row_bytes} bytes, and as they are "
+                    f"{plain.row_bytes}; leave it out"
+                )
+            return packed
         if expert_dtype == "fp8":
             quantization = self.config.quantization
             return fp8_format(*size, quantization is not None and quantization.dynamic_activations)

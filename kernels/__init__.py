@@ -8,10 +8,10 @@ from duomoe.kernels.activations import quantise_activations
 from duomoe.kernels.admit import admit, admit_ahead
 from duomoe.kernels.attention import paged_attention
 from duomoe.kernels.combine import combine
+from duomoe.kernels.expand import expand
 from duomoe.kernels.expert_gemv import experts_down_gemv, experts_gate_up_gemv, gemv_splits, use_gemv
 from duomoe.kernels.fetch import LANES, fetch, fetch_ahead
 from duomoe.kernels.grouped_gemm import experts_down, experts_gate_up
-from duomoe.kernels.packed_bf16 import expand_bf16
 from duomoe.kernels.permute import group_by_expert
 from duomoe.kernels.rms_norm import add_rms_norm, rms_norm
 from duomoe.kernels.rope import rope_and_cache
@@ -23,7 +23,7 @@ __all__ = [
     "admit",
     "admit_ahead",
     "combine",
-    "expand_bf16",
+    "expand",
     "experts_down",
     "experts_down_gemv",
     "experts_gate_up",

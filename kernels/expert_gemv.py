@@ -6,7 +6,7 @@ float32 partial sum. Whoever reads the partial sums adds them in order: `experts
 `combine` those of down. The split depends on the shapes alone, so a pair's result does not depend on what else is
 resident.
 
-Weights are plain or quantised (quantised.py). Quantised ones are multiplied in float32, as the references do.
+Weights are plain, packed or quantised (quantised.py). All are multiplied in float32, as the references do.
 """
 
 import torch
@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from duomoe.kernels.bf16_packed import unpacked
 from duomoe.kernels.configuration import TRITON_TYPE, Configuration
 from duomoe.kernels.configuration import capability as capability_of
 from duomoe.kernels.operator import operator
@@ -209,40 +210,139 @@ def _dot_rows(
 ) -> tl.tensor:
     """Return the products [BLOCK_N] of rows of a matrix with the activations, over some chunks of CHUNK values.
 
-    `place` and `step` are those of the rows' scales (quantised.py). Quantised weights come as words of WORD bytes. A
-    thread has several rows for each activation that it makes.
+    `place` and `step` are those of the rows' scales (quantised.py).
+    """
+    if FORMAT == "plain" or FORMAT == "packed":
+        return _dot_plain_rows(
+            source, split_stride, weight, scales, zeros, row, place, step, first, last, inner,
+            GATE_UP_SPLITS, FORMAT, BLOCK_N, CHUNK,
+        )  # fmt: skip
+    else:
+        return _dot_quantised_rows(
+            source, split_stride, weight, scales, zeros, row, place, step, first, last, inner,
+            GATE_UP_SPLITS, FORMAT, GROUP, WORD, BLOCK_N, CHUNK,
+        )  # fmt: skip
+
+
+@triton.jit
+def _dot_plain_rows(
+    source: tl.tensor,
+    split_stride: tl.tensor,
+    weight: tl.tensor,
+    bases: tl.tensor,
+    patches: tl.tensor,
+    row: tl.tensor,
+    place: tl.tensor,
+    step: tl.tensor,
+    first: tl.tensor,
+    last: tl.tensor,
+    inner: tl.tensor,
+    GATE_UP_SPLITS: tl.constexpr,
+    FORMAT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+) -> tl.tensor:
+    """Do as `_dot_rows`, for plain and packed weights: of the same values the same sum, bit for bit."""
+    sums = tl.zeros((BLOCK_N, CHUNK), tl.float32)
+    rows = weight + row[:, None] * row_length(inner, FORMAT)
+    if FORMAT == "packed":
+        base = tl.load(bases + place).to(tl.int32)[:, None]
+    for chunk in range(first, last):
+        k = chunk * CHUNK + tl.arange(0, CHUNK)
+        if FORMAT == "packed":
+            pairs = unpacked(rows, base, (patches + step)[:, None], chunk * (CHUNK // 8), inner, BLOCK_N, CHUNK // 8)
+            even, odd = (pairs << 16).to(tl.float32, bitcast=True), (pairs & -65536).to(tl.float32, bitcast=True)
+            value = tl.reshape(tl.join(even, odd), (BLOCK_N, CHUNK))
+        else:
+            value = tl.load(rows + k[None, :], mask=(k < inner)[None, :], other=0.0).to(tl.float32)
+        sums += value * _activations(source, k, inner, split_stride, GATE_UP_SPLITS)[None, :]
+    # Neighbours are added to each other, again and again: in the same order, however threads hold them.
+    for level in tl.static_range(1, CHUNK.bit_length()):
+        sums = tl.sum(tl.reshape(sums, (BLOCK_N, CHUNK >> level, 2)), 2)
+    return tl.reshape(sums, (BLOCK_N,))
+
+
+@triton.jit
+def _dot_quantised_rows(
+    source: tl.tensor,
+    split_stride: tl.tensor,
+    weight: tl.tensor,
+    scales: tl.tensor,
+    zeros: tl.tensor,
+    row: tl.tensor,
+    place: tl.tensor,
+    step: tl.tensor,
+    first: tl.tensor,
+    last: tl.tensor,
+    inner: tl.tensor,
+    GATE_UP_SPLITS: tl.constexpr,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    WORD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+) -> tl.tensor:
+    """Do as `_dot_rows`, for quantised weights, which come as words of WORD bytes; CHUNK is a multiple of 128.
+
+    Each activation is made by one thread, for all rows. A word's values are added up before they are scaled.
     """
     HALVES: tl.constexpr = 2 if FORMAT == "int4" else 1
     UNITS: tl.constexpr = CHUNK // HALVES // WORD
-    unit = tl.arange(0, UNITS)
+    PARTS: tl.constexpr = CHUNK // 128  # of a chunk, with a scale each
+    unit, index = tl.arange(0, UNITS), tl.arange(0, CHUNK // HALVES)
     length = row_length(inner, FORMAT) // WORD
     sums = tl.zeros((BLOCK_N, UNITS), tl.float32)
+    offsets = tl.zeros((BLOCK_N,), tl.float32)
     for chunk in range(first, last):
         column = chunk * UNITS + unit
         raw = tl.load(weight + row[:, None] * length + column[None, :], mask=(column < length)[None, :], other=0)
-        if FORMAT == "plain":
-            sums += raw.to(tl.float32) * _activations(source, column, inner, split_stride, GATE_UP_SPLITS)[None, :]
-        else:
-            for half in tl.static_range(HALVES):
-                k = chunk * CHUNK + half * 64
-                scale = tl.load(scales + place + k // GROUP * step).to(tl.float32)[:, None]
-                part = tl.zeros((BLOCK_N, UNITS), tl.float32)
-                total = tl.zeros((UNITS,), tl.float32)
-                for byte in tl.static_range(WORD):
-                    value = _activations(source, k + WORD * unit + byte, inner, split_stride, GATE_UP_SPLITS)
-                    if FORMAT == "int4":
-                        total += value
-                        number = tiny_int4(raw >> 16 * (byte // 2), 8 * (byte % 2) + 4 * half)
-                        value *= 1.8446744073709552e19 / (1 << 8 * (byte % 2) + 4 * half)  # 2 ** 64
-                    else:
-                        number = fp8_number((raw >> 8 * byte).to(tl.uint8), FORMAT)
-                    part += number * value[None, :]
-                if FORMAT == "int4":
-                    zero = tl.load(zeros + place + k // GROUP * step).to(tl.float32)[:, None]
-                    sums += part * (scale * 3.8685626227668134e25) - zero * scale * total[None, :]  # 2 ** 85
-                else:
-                    sums += part * scale
-    return tl.sum(sums, 1)
+        for half in tl.static_range(HALVES):
+            k = chunk * CHUNK + index // (128 // HALVES) * 128 + half * 64 + index % (128 // HALVES)
+            value = _activations(source, k, inner, split_stride, GATE_UP_SPLITS)
+            start = chunk * CHUNK + tl.arange(0, PARTS) * 128 + half * 64
+            at, there = place[:, None] + start[None, :] // GROUP * step, (start < inner)[None, :]
+            scale = tl.load(scales + at, mask=there, other=0.0).to(tl.float32)
+            number = _numbers(raw, half, FORMAT, WORD, BLOCK_N, UNITS)
+            words = tl.reshape(value, (UNITS, WORD))
+            if FORMAT == "int4":
+                zero = tl.load(zeros + at, mask=there, other=0).to(tl.float32)
+                total = tl.sum(tl.reshape(value, (PARTS, 64)), 1)
+                offsets += tl.sum(zero * scale * total[None, :], 1)
+                # Products become 2 ** -85 of what they should be, whichever byte and half: 2 ** 64, over 2 ** 8 in odd
+                # bytes, over 2 ** 4 in high halves.
+                even = tl.arange(0, 4) % 2 == 0
+                words *= tl.where(even, 1.8446744073709552e19, 7.205759403792794e16)[None, :] / (16 if half else 1)
+                scale *= 3.8685626227668134e25  # 2 ** 85
+            part = tl.reshape(tl.sum(number * words[None, :, :], 2), (BLOCK_N, PARTS, UNITS // PARTS))
+            sums += tl.reshape(part * scale[:, :, None], (BLOCK_N, UNITS))
+    return tl.sum(sums, 1) - offsets
+
+
+@triton.jit
+def _numbers(
+    raw: tl.tensor,
+    HALF: tl.constexpr,
+    FORMAT: tl.constexpr,
+    WORD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    UNITS: tl.constexpr,
+) -> tl.tensor:
+    """Return the values of words of bytes, [BLOCK_N, UNITS, WORD], before they are scaled.
+
+    Of int4 bytes, their low or high halves, times 2 ** -149 for HALF 0 and 2 ** -145 for HALF 1, and another 2 ** 8 in
+    the odd bytes (`tiny_int4`).
+    """
+    if FORMAT == "int4":
+        above = raw >> 16
+        zero, one = tiny_int4(raw, 4 * HALF), tiny_int4(raw, 8 + 4 * HALF)
+        two, three = tiny_int4(above, 4 * HALF), tiny_int4(above, 8 + 4 * HALF)
+        return tl.reshape(tl.join(tl.join(zero, two), tl.join(one, three)), (BLOCK_N, UNITS, WORD))
+    elif WORD == 4:
+        zero, one = fp8_number(raw.to(tl.uint8), FORMAT), fp8_number((raw >> 8).to(tl.uint8), FORMAT)
+        two, three = fp8_number((raw >> 16).to(tl.uint8), FORMAT), fp8_number((raw >> 24).to(tl.uint8), FORMAT)
+        return tl.reshape(tl.join(tl.join(zero, two), tl.join(one, three)), (BLOCK_N, UNITS, WORD))
+    else:
+        return tl.reshape(fp8_number(raw.to(tl.uint8), FORMAT), (BLOCK_N, UNITS, WORD))
 
 
 @triton.jit
@@ -335,9 +435,9 @@ def _down_gemv_kernel(
     tl.store(to, y * tl.load(weights + pair), mask=row < outer)
 
 
-# Rows per program.
+# Rows per program; for quantised weights as many or half as many.
 BLOCK_N = 8
-QUANTISED_BLOCK_N = 32
+QUANTISED_BLOCK_N = 64
 # A GPU is full with about so many programs.
 FULL = 2048
 MAX_SPLITS = 8
@@ -368,12 +468,26 @@ def gemv_splits(inner: int, outer: int, pairs: int, quantised: bool) -> int:
     return filled
 
 
-def _options(form: Form, inner: int) -> Form:
-    """Choose the tile: each thread has loads of 16 bytes under way from several rows."""
-    if form["FORMAT"] == "plain":
+def _options(form: Form, matrices: int, inner: int, part: int) -> Form:
+    """Choose the tile, so that each thread has loads of 16 bytes under way from several rows.
+
+    Quantised weights: the best of 20 tiles on an H100, for parts of one or two chunks and for longer ones.
+
+    Args:
+        form: of the weights.
+        matrices: 2 for gate and up, 1 for down.
+        inner: elements of a row.
+        part: elements of a row that a program takes.
+    """
+    if form["FORMAT"] in ("plain", "packed"):
         return form | {"WORD": 1, "BLOCK_N": BLOCK_N, "CHUNK": PART_UNIT, "num_warps": 4}
+    long = part > 2 * PART_UNIT
+    if form["FORMAT"] == "int4":
+        rows, chunk, warps = (32, 128, 1) if matrices == 1 else (64, 256, 2) if long else (64, 128, 1)
+    else:
+        rows, chunk, warps = (64, 256, 4) if long else (32, 128, 2) if matrices == 2 else (32, 128, 1)
     word = 1 if form["FORMAT"] != "int4" and inner % 4 else 4
-    return form | {"WORD": word, "BLOCK_N": QUANTISED_BLOCK_N, "CHUNK": 128, "num_warps": 1}
+    return form | {"WORD": word, "BLOCK_N": rows, "CHUNK": chunk, "num_warps": warps}
 
 
 def _words(pool: tuple[Tensor, Tensor, Tensor], options: Form) -> tuple[Tensor, Tensor, Tensor]:
@@ -395,12 +509,13 @@ def experts_gate_up_gemv_triton(
     """Launch the kernel of `experts_gate_up_gemv`."""
     splits, pairs, outer = out.shape
     inner = x.shape[1]
-    options = _options(kernel_form(w_gate_up, scales, 2, capability_of(x.device)), inner)
+    part = part_length(inner, splits)
+    options = _options(kernel_form(w_gate_up, scales, 2, capability_of(x.device)), 2, inner, part)
     pool = _words(pools(w_gate_up, scales, zeros), options)
     if pairs > 0:
         _gate_up_gemv_kernel[(pairs, triton.cdiv(outer, options["BLOCK_N"]), splits)](
             x, *pool, slots, experts, out, *strides(*pool), pairs, inner, outer,
-            part_length(inner, splits) // options["CHUNK"], TOP_K=experts.shape[1], **options,
+            part // options["CHUNK"], TOP_K=experts.shape[1], **options,
         )  # fmt: skip
 
 
@@ -418,12 +533,13 @@ def experts_down_gemv_triton(
     """Launch the kernel of `experts_down_gemv`."""
     splits, pairs, outer = out.shape
     inner = gate_up.shape[2] // 2
-    options = _options(kernel_form(w_down, scales, 1, capability_of(gate_up.device)), inner)
+    part = part_length(inner, splits)
+    options = _options(kernel_form(w_down, scales, 1, capability_of(gate_up.device)), 1, inner, part)
     pool = _words(pools(w_down, scales, zeros), options)
     if pairs > 0:
         _down_gemv_kernel[(pairs, triton.cdiv(outer, options["BLOCK_N"]), splits)](
             gate_up, *pool, slots, experts, weights, out, *strides(*pool), pairs, inner, outer,
-            part_length(inner, splits) // options["CHUNK"], GATE_UP_SPLITS=gate_up.shape[0], **options,
+            part // options["CHUNK"], GATE_UP_SPLITS=gate_up.shape[0], **options,
         )  # fmt: skip
 
 
@@ -434,12 +550,13 @@ def configurations(dtype: torch.dtype, capability: int) -> list[Configuration]:
     found = []
     for form, pointers in example_forms(dtype, capability):
         quantised = {name: kind for name, kind in pointers.items() if name != "w"}
-        weights = pointers["w"] if form["FORMAT"] == "plain" else "*u32:16"
+        weights = pointers["w"] if form["FORMAT"] in ("plain", "packed") else "*u32:16"
         gate_up = types | quantised | {"x": f"*{TRITON_TYPE[dtype]}:16", "w_gate_up": weights}
         down = types | quantised | {"gate_up": "*fp32:16", "w_down": weights, "weights": "*fp32:16"}
-        options = _options(form, 2048)
-        found.append(Configuration(_gate_up_gemv_kernel, gate_up, options | {"TOP_K": 8}, wide_loads=True))
-        for splits in (1, MAX_SPLITS):
-            few = options | {"GATE_UP_SPLITS": splits}
-            found.append(Configuration(_down_gemv_kernel, down, few, wide_loads=True))
+        for part in (PART_UNIT, 4 * PART_UNIT):
+            options = _options(form, 2, 2048, part) | {"TOP_K": 8}
+            found.append(Configuration(_gate_up_gemv_kernel, gate_up, options, wide_loads=True))
+            for splits in (1, MAX_SPLITS):
+                options = _options(form, 1, 2048, part) | {"GATE_UP_SPLITS": splits}
+                found.append(Configuration(_down_gemv_kernel, down, options, wide_loads=True))
     return found

@@ -1,11 +1,13 @@
 """Quantised matrices: how they lie in an expert's row, in PyTorch, and the functions by which kernels read them.
 
-A matrix [outer, inner] has one of three forms. Its weights' dtype says which, and the other tensors' shapes the rest:
+A matrix [outer, inner] has one of four forms. Its tensors' dtypes say which, and their shapes the rest:
 
 - plain: bfloat16, float16 or float32 [outer, inner];
 - fp8: float8_e4m3fn [outer, inner], and float32 scales, one for each block of 128 by 128;
 - int4: uint8 [outer, padded inner / 2], two values in a byte, and for each output and group of 64 or 128 inputs a scale
-  (float16 or bfloat16) and a zero point (uint8).
+  (float16 or bfloat16) and a zero point (uint8);
+- packed: bfloat16 in 12 bits (bf16_packed.py), where the bases, uint8, take the place of scales, and the patches,
+  int16, that of zero points.
 
 A value is `weight * scale`, or `(nibble - zero) * scale`, in float32. The grouped GEMM rounds it to the dtype of the
 activations before it multiplies: a quantised expert computes what a plain one of the rounded values does, bit for bit.
@@ -25,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from duomoe.kernels.bf16_packed import patch_words, unpack_bf16, weight_words
 from duomoe.kernels.configuration import TRITON_TYPE
 
 FP8_BLOCK = 128
@@ -70,14 +73,18 @@ def dequantise(w: Tensor, scales: Tensor | None, zeros: Tensor | None, inner: in
     """Return a matrix's values in float32, [outer, inner].
 
     Args:
-        w: the weights of an expert, in any of the three forms.
+        w: the weights of an expert, in any of the four forms.
         scales: None for a plain matrix.
-        zeros: None for all but int4.
+        zeros: None for a plain matrix, and for fp8.
         inner: values in a row.
         matrices: how many matrices of equal size are stacked in `w`.
     """
     if scales is None:
         return w.float()
+    if is_packed(scales):
+        assert zeros is not None
+        parts = zip(*(item.chunk(matrices) for item in (w, scales, zeros)), strict=True)
+        return torch.cat([unpack_bf16(*part, inner) for part in parts]).float()
     rows = len(w) // matrices
     if zeros is None:
         spread = _transposed(scales, matrices).repeat_interleave(FP8_BLOCK, 1)[:, :rows].flatten(0, 1)
@@ -86,6 +93,11 @@ def dequantise(w: Tensor, scales: Tensor | None, zeros: Tensor | None, inner: in
     scale, zero = (_transposed(item, matrices).flatten(0, 1).float() for item in (scales, zeros))
     scale, zero = (item.repeat_interleave(group, 1)[:, :inner] for item in (scale, zero))
     return (unpack_int4(w, inner).float() - zero) * scale
+
+
+def is_packed(scales: Tensor | None) -> bool:
+    """Return whether a matrix with these scales is bfloat16 in 12 bits."""
+    return scales is not None and scales.dtype == torch.uint8
 
 
 def _transposed(scales: Tensor, matrices: int) -> Tensor:
@@ -109,11 +121,13 @@ def expert_values(
 def kernel_form(w: Tensor, scales: Tensor | None, matrices: int, capability: int) -> Form:
     """Return the `constexpr` arguments that tell a kernel how a pool's weights are written.
 
-    FORMAT is 'plain', 'int4', or for fp8 'fp8' where the GPU converts it and 'fp8_bits' where it cannot (before sm_89).
-    GROUP is how many inputs share a scale, 1 for plain weights.
+    FORMAT is 'plain', 'packed', 'int4', or for fp8 'fp8' where the GPU converts it and 'fp8_bits' where it cannot
+    (before sm_89). GROUP is how many inputs share a scale, 1 where none do.
     """
     if scales is None:
         return {"FORMAT": "plain", "GROUP": 1}
+    if is_packed(scales):
+        return {"FORMAT": "packed", "GROUP": 1}
     if w.dtype == torch.float8_e4m3fn:
         return {"FORMAT": "fp8" if capability >= 89 else "fp8_bits", "GROUP": FP8_BLOCK}
     return {"FORMAT": "int4", "GROUP": int4_group(w, scales, matrices)}
@@ -122,9 +136,11 @@ def kernel_form(w: Tensor, scales: Tensor | None, matrices: int, capability: int
 def pools(w: Tensor, scales: Tensor | None, zeros: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return a pool's tensors as kernels take them.
 
-    fp8 goes as bytes, which GPUs without fp8 can load too. Where a format lacks a tensor, the weights take its place,
-    from which nothing is read then.
+    fp8 goes as bytes, which GPUs without fp8 can load too, and packed weights and patches as words. Where a format
+    lacks a tensor, the weights take its place, from which nothing is read then.
     """
+    if scales is not None and zeros is not None and is_packed(scales):
+        return w.view(torch.int32), scales, zeros.view(torch.int32)
     w = w.view(torch.uint8) if w.dtype == torch.float8_e4m3fn else w
     return w, w if scales is None else scales, w if zeros is None else zeros
 
@@ -137,17 +153,19 @@ def strides(*pool: Tensor) -> tuple[int, ...]:
 def example_forms(dtype: torch.dtype, capability: int) -> list[tuple[Form, dict[str, str]]]:
     """Return every form that launchers meet, with its arguments' types, for the compile gate (configuration.py).
 
-    Quantised ones are listed for bfloat16 alone: float16 differs by one instruction.
+    Others than plain ones are listed for bfloat16 alone: float16 differs by one instruction.
     """
     fp8: Form = {"FORMAT": "fp8" if capability >= 89 else "fp8_bits", "GROUP": FP8_BLOCK}
     int4: Form = {"FORMAT": "int4", "GROUP": 128}
     plain: Form = {"FORMAT": "plain", "GROUP": 1}
     apart = dict.fromkeys(("scale_stride", "zero_stride"), "i32:16")
     own, byte = f"*{TRITON_TYPE[dtype]}:16", "*u8:16"
+    packed: Form = {"FORMAT": "packed", "GROUP": 1}
     every = [
         (plain, apart | {"w": own, "scales": own, "zeros": own}),
         (fp8, apart | {"w": byte, "scales": "*fp32:16", "zeros": byte}),
         (int4, apart | {"w": byte, "scales": "*fp16:16", "zeros": byte}),
+        (packed, apart | {"w": "*i32:16", "scales": byte, "zeros": "*i32:16"}),
     ]
     return every[:1] if dtype == torch.float16 else every
 
@@ -157,6 +175,8 @@ def row_length(inner: tl.tensor, FORMAT: tl.constexpr) -> tl.tensor:
     """Return the distance from one row of a matrix to the next, in elements of its weights."""
     if FORMAT == "int4":
         return tl.cdiv(inner, 128) * 64
+    elif FORMAT == "packed":
+        return weight_words(inner)
     else:
         return inner
 
@@ -167,11 +187,14 @@ def scale_places(
 ) -> tuple[tl.tensor, tl.tensor]:
     """Return where the first scale of some rows of a stacked matrix lies, and how far from one group's to the next's.
 
-    `rows` is the height of one matrix, `row` counts within it.
+    `rows` is the height of one matrix, `row` counts within it. For packed weights, where the rows' bases lie, and in
+    words where their matrices' patches begin.
     """
     if FORMAT == "int4":
         groups = tl.cdiv(inner, 128) * (128 // GROUP)
         return matrix * groups * rows + row, rows
+    elif FORMAT == "packed":
+        return matrix * rows + row, (matrix + 0 * row) * patch_words(rows, inner)
     else:
         blocks = tl.cdiv(rows, 128)
         return matrix * tl.cdiv(inner, GROUP) * blocks + row // 128, blocks

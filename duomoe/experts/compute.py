@@ -1,6 +1,6 @@
 """The routed experts of one layer and pass, computed wave by wave over whatever slots hold."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -8,6 +8,7 @@ from torch import Tensor
 from duomoe.experts.format import ExpertFormat
 from duomoe.kernels import (
     combine,
+    expand,
     experts_down,
     experts_down_gemv,
     experts_gate_up,
@@ -18,10 +19,24 @@ from duomoe.kernels import (
     use_gemv,
 )
 from duomoe.kernels.configuration import capability
+from duomoe.kernels.quantised import is_packed
 from duomoe.models.batch import Routing
 
 # The compute capability, times ten, from which on GPUs multiply in fp8.
 FIRST_FP8 = 89
+
+# From so many pairs an expert on average, a quantised expert is better expanded than decoded in every tile of a product
+# (on an H100: docs/measurements.md).
+EXPANDED_PAIRS = 1024
+
+# Experts are expanded so many bytes at a time, but at least one of them.
+EXPANDED_BYTES = 128 << 20
+
+
+def expanded_experts(hidden_size: int, intermediate_size: int, num_experts: int, dtype: torch.dtype) -> int:
+    """Return how many experts are expanded at a time."""
+    row_bytes = 3 * hidden_size * intermediate_size * dtype.itemsize
+    return max(1, min(num_experts, EXPANDED_BYTES // row_bytes))
 
 
 class ExpertSum:
@@ -45,7 +60,8 @@ class ExpertSum:
     def __init__(
         self, h: Tensor, routing: Routing, num_experts: int, intermediate_size: int, expert_format: ExpertFormat
     ) -> None:
-        self.h, self.routing, self.intermediate_size = h, routing, intermediate_size
+        self.h, self.routing = h, routing
+        self.num_experts, self.intermediate_size = num_experts, intermediate_size
         quantised = expert_format.quantised
         (tokens, hidden), top_k = h.shape, routing.experts.shape[1]
         pairs = tokens * top_k
@@ -96,17 +112,61 @@ class ExpertSum:
 class LayerSum:
     """The sums of all chunks of a pass, for one layer: a wave is computed for every chunk while its experts are there.
 
+    Packed experts are expanded for chunks of many tokens, some at a time; their values are the same. So are quantised
+    ones where a pass is long enough, and nothing slower than the computation.
+
     Args:
         sums: of the chunks, in order.
+        expands_quantised: whether there is memory to expand quantised experts into.
     """
 
-    def __init__(self, sums: list[ExpertSum]) -> None:
+    def __init__(self, sums: list[ExpertSum], expands_quantised: bool = False) -> None:
         self.sums = sums
+        self.with_few, self.with_many = [], []
+        for chunk in sums:
+            (self.with_few if chunk.few_tokens else self.with_many).append(chunk)
+        pairs = sum(chunk.routing.experts.numel() for chunk in self.with_many)
+        long = any(pairs >= EXPANDED_PAIRS * chunk.num_experts and not chunk.fp8 for chunk in self.with_many)
+        self.expands_quantised = expands_quantised and long
 
-    def wave(self, weights: Mapping[str, Tensor], slots: Tensor) -> None:
-        """Compute the pairs whose experts are resident; arguments as in ExpertSum.wave."""
-        for chunk in self.sums:
+    def wave(self, weights: Mapping[str, Tensor], slots: Tensor, count: int) -> None:
+        """Compute the pairs whose experts are resident.
+
+        Args:
+            weights: as in ExpertSum.wave, and so is `slots`.
+            slots: see above.
+            count: how many experts the wave has at most.
+        """
+        for chunk in self.with_few:
             chunk.wave(weights, slots)
+        if not self.with_many:
+            return
+        scales = weights.get("gate_up_scales")
+        if is_packed(scales) or (scales is not None and self.expands_quantised):
+            for plain, places in self._expanded(weights, slots, count):
+                for chunk in self.with_many:
+                    chunk.wave(plain, places)
+        else:
+            for chunk in self.with_many:
+                chunk.wave(weights, slots)
+
+    def _expanded(
+        self, weights: Mapping[str, Tensor], slots: Tensor, count: int
+    ) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
+        """Yield plain weights of some of a wave's experts, with their places there, until all have had their turn."""
+        chunk = self.with_many[0]
+        h, hidden, intermediate = chunk.h, chunk.h.shape[1], chunk.intermediate_size
+        at_a_time = min(count, expanded_experts(hidden, intermediate, chunk.num_experts, h.dtype))
+        plain = {
+            "gate_up": h.new_empty(at_a_time, 2 * intermediate, hidden),
+            "down": h.new_empty(at_a_time, hidden, intermediate),
+        }
+        for first in range(0, count, at_a_time):
+            places = torch.empty_like(slots)
+            for name, out in plain.items():
+                also = weights[f"{name}_scales"], weights.get(f"{name}_zeros")
+                expand(weights[name], *also, 2 if name == "gate_up" else 1, slots, first, out, places)
+            yield plain, places
 
     def totals(self) -> list[Tensor]:
         """Return each chunk's sum, [tokens, hidden]."""

@@ -99,9 +99,9 @@ class Decode:
             if wave == waves - 1:
                 with self._beside():
                     self._send_ahead(index, self._ask(index, h, routing))
-            total.wave(self.pool.views, demand.slots[0])
+            total.wave(self.pool.views[index], demand.slots[0], width)
             self.fetcher.join()
-            total.wave(self.pool.views, demand.slots[1])
+            total.wave(self.pool.views[index], demand.slots[1], width)
         if self._side is not None:
             torch.cuda.current_stream().wait_stream(self._side)
 

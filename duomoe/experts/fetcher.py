@@ -115,8 +115,7 @@ class DeviceFetcher(Fetcher):
         self.clock = clock
         self.stream = torch.cuda.Stream(device)
         self.table = torch.tensor([rows.data_ptr() for rows in store.layers], dtype=torch.int64, device=device)
-        sizes = [rows.shape[1] for rows in store.layers]
-        self.stored = torch.tensor(sizes, dtype=torch.int32, device=device) if any(store.packed) else None
+        self.sizes = torch.tensor([each.row_bytes for each in store.formats], dtype=torch.int32, device=device)
         self.progress = torch.zeros(len(pool), LANES, dtype=torch.int32, device=device)
         self.moved = torch.zeros(3, dtype=torch.int64, device=device)  # on demand, ahead, and ahead and then needed
         self._arrived = torch.cuda.Event()
@@ -125,7 +124,7 @@ class DeviceFetcher(Fetcher):
         """Launch the copying kernel behind what was computed, and behind what is being sent ahead, which stops."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            fetch(self.table, self.store.num_experts, misses, self.pool.rows, self.progress, self.moved, self.stored)
+            fetch(self.table, self.sizes, self.store.num_experts, misses, self.pool.rows, self.progress, self.moved)
             self._arrived.record()
 
     def join(self) -> None:
@@ -137,8 +136,8 @@ class DeviceFetcher(Fetcher):
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             fetch_ahead(
-                self.table, self.store.num_experts, ahead, self.pool.rows, self.progress, self.clock, issued,
-                self.moved, self.stored,
+                self.table, self.sizes, self.store.num_experts, ahead, self.pool.rows, self.progress, self.clock,
+                issued, self.moved,
             )  # fmt: skip
 
     def stop(self) -> None:

@@ -1,16 +1,14 @@
 """What an expert looks like as bytes: one contiguous row, each of its tensors at a fixed, aligned offset.
 
-A format is the tensors of a row and the function that makes them of a matrix. There are three, told apart by kernels
-through the dtype of the weights (kernels/quantised.py):
+A format is the tensors of a row and the function that makes them of a matrix. There are four, told apart by kernels
+through the dtypes of these tensors (kernels/quantised.py):
 
 | format | of an expert | in a row besides the weights |
 |---|---|---|
 | plain | the compute dtype | |
 | fp8 | float8_e4m3fn | `_scales` of blocks of 128 by 128 |
 | int4 | two values in a byte | `_scales` and `_zeros` of groups of 64 or 128 inputs |
-
-`bf16-packed` is the plain format of bfloat16 as far as anything is computed; the store keeps its rows packed
-(packed.py), and they are expanded on their way into slots.
+| bf16-packed | bfloat16 in 12 bits | the bases as `_scales`, the patches as `_zeros` (kernels/bf16_packed.py) |
 
 A row has `gate_up`, the gate matrix over the up matrix, and `down`, and the other tensors for each. Out of a
 checkpoint, `StoredMatrices.read` (stored.py) gives a matrix in whatever form it is stored; `ExpertFormat.write`
@@ -25,7 +23,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from duomoe.experts.matrix import Matrix, to_fp8, to_int4, to_plain
+from duomoe.experts.matrix import Matrix, to_fp8, to_int4, to_packed, to_plain
+from duomoe.kernels.bf16_packed import GROUP as PATCH
+from duomoe.kernels.bf16_packed import patch_room, weight_bytes
 from duomoe.kernels.quantised import block_shape, packed_width, scale_shape
 
 # Every tensor of a row begins at a multiple of this many bytes, and so does every row.
@@ -63,17 +63,21 @@ class ExpertFormat:
 
     @property
     def quantised(self) -> bool:
-        """Whether the weights in a row are not as the kernels multiply them."""
+        """Whether the weights in a row are not the values that a plain one would have."""
         return self.name in ("fp8", "int4")
 
     @property
     def packed(self) -> bool:
-        """Whether the store keeps the rows packed, in each layer where they pack."""
+        """Whether not all matrices have this format: a layer of which one does not pack stays plain."""
         return self.name == "bf16-packed"
 
     def views(self, rows: Tensor) -> dict[str, Tensor]:
-        """Return each tensor of `rows` (uint8 [n, row_bytes]) as a strided view [n, *shape] of the same memory."""
-        assert rows.dtype == torch.uint8 and rows.shape[1] == self.row_bytes
+        """Return each tensor of `rows` as a strided view [n, *shape] of the same memory.
+
+        Args:
+            rows: uint8 [n, row_bytes], or wider: the slots of a pool, in which another layer's rows have more bytes.
+        """
+        assert rows.dtype == torch.uint8 and rows.shape[1] >= self.row_bytes
         return {
             name: rows[:, item.offset : item.offset + item.size].view(item.dtype).unflatten(1, item.shape)
             for name, item in self.tensors.items()
@@ -91,6 +95,7 @@ class ExpertFormat:
 
         Raises:
             InputError: when the matrix has values that the format cannot hold.
+            DoesNotPack: when it would have more bytes packed than there is room for.
         """
         converted = self.convert(matrix)
         for suffix, tensor in zip(SUFFIXES, converted.row_tensors(), strict=False):
@@ -108,8 +113,13 @@ def plain_format(hidden_size: int, intermediate_size: int, dtype: torch.dtype) -
 
 
 def packed_format(hidden_size: int, intermediate_size: int) -> ExpertFormat:
-    """Return the format of plain bfloat16 experts whose rows the store keeps packed."""
-    return replace(plain_format(hidden_size, intermediate_size, torch.bfloat16), name="bf16-packed")
+    """Return the format of experts in bfloat16 in 12 bits."""
+
+    def stored(outer: int, inner: int) -> list[Stored]:
+        weights, patches = (outer, weight_bytes(inner)), (patch_room(outer, inner), PATCH)
+        return [(weights, torch.uint8), ((outer,), torch.uint8), (patches, torch.int16)]
+
+    return _format("bf16-packed", hidden_size, intermediate_size, stored, to_packed)
 
 
 def fp8_format(hidden_size: int, intermediate_size: int, fp8_activations: bool = False) -> ExpertFormat:

@@ -1,8 +1,7 @@
 """The link between host and device memory: expert rows on their way into slots, and the count of every byte.
 
 A copy is sent, goes on while other things compute, and is waited for before its slot is read. Copies cross one after
-the other in the order in which they were sent. A row of fewer bytes than its slot is packed (packed.py), and expanded
-into it.
+the other in the order in which they were sent.
 """
 
 import threading
@@ -14,9 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from duomoe.kernels import expand_bf16
-from duomoe.kernels.packed_bf16 import BLOCK, expand_blocks
 
 
 @dataclass
@@ -54,7 +50,7 @@ class LinkError(RuntimeError):
 
 @dataclass(eq=False)
 class Copy:
-    """One expert row on its way into a slot. Of a packed one, the slot holds what was expanded of what has crossed."""
+    """One expert row on its way into a slot."""
 
     source: Tensor
     slot: Tensor
@@ -73,10 +69,10 @@ class Link(ABC):
 
     @abstractmethod
     def send(self, source: Tensor, slot: Tensor, after: Any = None) -> Any:
-        """Begin to copy a row, uint8 [stored bytes], into a slot, uint8 [row_bytes].
+        """Begin to copy a row, uint8 [row bytes], into a slot, which may have more.
 
         Args:
-            source: the row, in host memory, plain or packed.
+            source: the row, in host memory.
             slot: where to.
             after: a mark behind the last use of what the slot held; None for one that held nothing.
 
@@ -237,14 +233,7 @@ class HostLink(Link):
         """Move the next `size` bytes of a copy."""
         begin = time.perf_counter()
         end = copy.moved + size
-        if copy.source.nbytes < copy.slot.nbytes:
-            # Both ends are host memory, so nothing has to cross before it is expanded: as many blocks as would have.
-            values = copy.slot.view(torch.bfloat16)
-            blocks = -(-len(values) // BLOCK)
-            first, last = (at * blocks // copy.source.nbytes for at in (copy.moved, end))
-            expand_blocks(copy.source, values, first, last)
-        else:
-            copy.slot[copy.moved : end].copy_(copy.source[copy.moved : end])
+        copy.slot[copy.moved : end].copy_(copy.source[copy.moved : end])
         if self.pace:
             # Counted from when the link became free, not from now: the thread's own delays do not add up.
             latency = 0.0 if copy is self._last else self.pace.latency
@@ -254,18 +243,10 @@ class HostLink(Link):
 
 
 class CudaLink(Link):
-    """The link to a GPU: a stream of its own for copies from pinned memory; marks and copies are CUDA events.
+    """The link to a GPU: a stream of its own for copies from pinned memory; marks and copies are CUDA events."""
 
-    A packed row is expanded by a kernel that reads the host's memory by itself.
-
-    Args:
-        device: the GPU.
-        pinned: whether it can read the rows; if not, the host expands packed ones, and waits for each copy to begin.
-    """
-
-    def __init__(self, device: torch.device, pinned: bool) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
-        self.pinned = pinned
 
     def mark(self) -> torch.cuda.Event:
         """Record an event on the stream that computes."""
@@ -275,18 +256,10 @@ class CudaLink(Link):
 
     def send(self, source: Tensor, slot: Tensor, after: torch.cuda.Event | None = None) -> torch.cuda.Event:
         """Queue a copy on the link's stream, behind `after`; return an event behind the copy."""
-        packed = source.nbytes < slot.nbytes
-        if packed and not self.pinned:
-            expanded = torch.empty(slot.shape, dtype=torch.uint8)
-            expand_bf16(source[None], expanded.view(torch.bfloat16)[None])
-            source, packed = expanded, False
         with torch.cuda.stream(self.stream):
             if after is not None:
                 self.stream.wait_event(after)
-            if packed:
-                expand_bf16(source[None], slot.view(torch.bfloat16)[None])
-            else:
-                slot.copy_(source, non_blocking=True)
+            slot[: source.nbytes].copy_(source, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
         return arrived
@@ -303,6 +276,6 @@ class CudaLink(Link):
         """Do nothing: a stream needs no end."""
 
 
-def open_link(device: torch.device, pace: Pace | None, pinned: bool) -> Link:
-    """Return the link to a device: the CPU's can be paced; a GPU's reads pinned memory by itself (`CudaLink`)."""
-    return CudaLink(device, pinned) if device.type == "cuda" else HostLink(pace)
+def open_link(device: torch.device, pace: Pace | None) -> Link:
+    """Return the link to a device; only the CPU's can be paced."""
+    return CudaLink(device) if device.type == "cuda" else HostLink(pace)

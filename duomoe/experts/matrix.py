@@ -1,7 +1,7 @@
-"""A matrix of an expert on its way from a checkpoint into a row: plain, fp8 in blocks, or int4 in groups.
+"""A matrix of an expert on its way from a checkpoint into a row: plain, packed, fp8 in blocks, or int4 in groups.
 
-Whatever a checkpoint stores becomes one of these three, whatever a row holds comes from one, and all know their values
-in float32. A conversion that has no short cut goes through the values.
+Whatever a checkpoint stores becomes one of these, whatever a row holds comes from one, and all know their values in
+float32. A conversion that has no short cut goes through the values.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from duomoe.errors import InputError
+from duomoe.kernels.bf16_packed import pack_bf16
 from duomoe.kernels.quantised import FP8_BLOCK, dequantise, pack_int4, scale_shape
 
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
@@ -29,6 +30,35 @@ class PlainMatrix:
     def row_tensors(self) -> tuple[Tensor, ...]:
         """Return the tensors of a row that hold this matrix: its weights."""
         return (self.weight,)
+
+
+class DoesNotPack(Exception):
+    """A matrix of bfloat16 has too many values that are far from the others, and stays plain."""
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """Values of bfloat16 in 12 bits (kernels/bf16_packed.py).
+
+    Attributes:
+        weight: uint8 [outer, weight_bytes].
+        bases: uint8 [outer].
+        patches: int16 [room, 8].
+        inner: values of an output.
+    """
+
+    weight: Tensor
+    bases: Tensor
+    patches: Tensor
+    inner: int
+
+    def values(self) -> Tensor:
+        """Return float32 [outer, inner]."""
+        return dequantise(*self.row_tensors(), self.inner)
+
+    def row_tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the tensors of a row that hold this matrix: weights, bases and patches."""
+        return self.weight, self.bases, self.patches
 
 
 @dataclass(frozen=True)
@@ -82,12 +112,25 @@ class Int4Matrix:
         return pack_int4(self.nibbles), F.pad(self.scales.T, padding), F.pad(self.zeros.T, padding)
 
 
-Matrix = PlainMatrix | Fp8Matrix | Int4Matrix
+Matrix = PlainMatrix | PackedMatrix | Fp8Matrix | Int4Matrix
 
 
 def to_plain(matrix: Matrix, dtype: torch.dtype) -> PlainMatrix:
     """Return a matrix's values in a dtype."""
     return PlainMatrix((matrix.weight if isinstance(matrix, PlainMatrix) else matrix.values()).to(dtype))
+
+
+def to_packed(matrix: Matrix) -> PackedMatrix:
+    """Return a matrix's values as bfloat16 in 12 bits.
+
+    Raises:
+        DoesNotPack: when there are too many that are far from the others.
+    """
+    values = to_plain(matrix, torch.bfloat16).weight
+    packed = pack_bf16(values.contiguous())
+    if packed is None:
+        raise DoesNotPack
+    return PackedMatrix(*packed, values.shape[1])
 
 
 def to_fp8(matrix: Matrix) -> Fp8Matrix:

@@ -139,7 +139,7 @@ class Residency:
         for slot in slots:
             if slot in self._copies:
                 self.link.wait(self._copies.pop(slot))
-        total.wave(self.pool.views, self._table(index, experts))
+        total.wave(self.pool.views[index], self._table(index, experts), len(experts))
         mark = self.link.mark()
         self.clock += 1
         for slot, expert in zip(slots, experts, strict=True):

@@ -1,5 +1,7 @@
 """Slots on the compute device, and the directory that says which expert is in which."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -7,16 +9,22 @@ from duomoe.experts.format import ExpertFormat
 
 
 class SlotPool:
-    """Room for `num_slots` experts on the compute device.
+    """Room for `num_slots` experts of any layer on the compute device.
+
+    Args:
+        formats: of each layer's rows.
+        num_slots: how many there are.
+        device: where they are.
 
     Attributes:
-        rows: uint8 [num_slots, row_bytes].
-        views: each tensor of the format, [num_slots, *shape], sharing memory with `rows`.
+        rows: uint8 [num_slots, bytes of the largest row].
+        views: for each layer each tensor of its format, [num_slots, *shape], sharing memory with `rows`.
     """
 
-    def __init__(self, expert_format: ExpertFormat, num_slots: int, device: torch.device) -> None:
-        self.rows = torch.empty(num_slots, expert_format.row_bytes, dtype=torch.uint8, device=device)
-        self.views = expert_format.views(self.rows)
+    def __init__(self, formats: Sequence[ExpertFormat], num_slots: int, device: torch.device) -> None:
+        slot_bytes = max((each.row_bytes for each in formats), default=0)
+        self.rows = torch.empty(num_slots, slot_bytes, dtype=torch.uint8, device=device)
+        self.views = [each.views(self.rows) for each in formats]
 
     def __len__(self) -> int:
         return self.rows.shape[0]

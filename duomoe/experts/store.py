@@ -4,40 +4,38 @@ import torch
 from torch import Tensor
 
 from duomoe.experts.format import ExpertFormat
-from duomoe.experts.packed import pack_layer
 from duomoe.memory.pinned import pin
 
 
 class ExpertStore:
-    """Every expert of a model, as rows.
+    """Every expert of a model, as rows. Layers are added one after the other.
 
-    Where the format is packed, a layer has its place only when it is added: how large it is follows from its values.
+    Args:
+        expert_format: what rows are to look like.
+        num_experts: of a layer.
+        device: where they are.
+        pin: let a GPU read the rows by itself.
 
     Attributes:
-        layers: uint8 [num_experts, stored bytes] for each MoE layer, so that a layer is one copy and an expert one row.
-            The stored bytes are the format's `row_bytes`, or fewer: then the layer's rows are packed.
+        layers: uint8 [num_experts, row bytes] for each MoE layer, so that a layer is one copy and an expert one row.
+        formats: of each layer's rows; not `format` where that is packed and the layer is not.
         pinned: whether a GPU can read the rows by itself.
     """
 
-    def __init__(
-        self, expert_format: ExpertFormat, num_layers: int, num_experts: int, device: torch.device, pinned: bool
-    ) -> None:
-        self.format = expert_format
-        self.num_experts = num_experts
+    def __init__(self, expert_format: ExpertFormat, num_experts: int, device: torch.device, pin: bool) -> None:
+        self.format, self.num_experts, self.device = expert_format, num_experts, device
         self.layers: list[Tensor] = []
-        self._pin = self.pinned = pinned
-        if not expert_format.packed:
-            shape = (num_experts, expert_format.row_bytes)
-            for _ in range(num_layers):
-                self._append(torch.empty(shape, dtype=torch.uint8, device=device))
+        self.formats: list[ExpertFormat] = []
+        self._pin = self.pinned = pin
 
-    def add(self, rows: Tensor) -> None:
-        """Add a copy of the next layer's plain rows, uint8 [num_experts, row_bytes]: packed, if all of them pack."""
-        packed = pack_layer(rows)
-        self._append(rows.clone() if packed is None else packed)
+    def rows(self, expert_format: ExpertFormat) -> Tensor:
+        """Return memory for a layer's rows, uint8 [num_experts, row_bytes], not yet part of the store."""
+        return torch.empty((self.num_experts, expert_format.row_bytes), dtype=torch.uint8, device=self.device)
 
-    def _append(self, rows: Tensor) -> None:
+    def add(self, rows: Tensor, expert_format: ExpertFormat) -> None:
+        """Make rows the next layer's, in this memory. They may be filled before or after."""
         self.layers.append(rows)
+        self.formats.append(expert_format)
         if self._pin and not pin(rows):
             self.pinned = False
 
@@ -45,8 +43,3 @@ class ExpertStore:
     def num_bytes(self) -> int:
         """Bytes of all rows."""
         return sum(rows.nbytes for rows in self.layers)
-
-    @property
-    def packed(self) -> list[bool]:
-        """Whether each layer's rows are packed."""
-        return [rows.shape[1] != self.format.row_bytes for rows in self.layers]

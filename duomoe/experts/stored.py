@@ -22,7 +22,7 @@ from torch import Tensor
 from duomoe.checkpoint import READERS, STORED_DTYPES, Checkpoint
 from duomoe.errors import InputError
 from duomoe.experts.format import ExpertFormat
-from duomoe.experts.matrix import Fp8Matrix, Int4Matrix, Matrix, PlainMatrix
+from duomoe.experts.matrix import Fp8Matrix, Int4Matrix, Matrix, PackedMatrix, PlainMatrix
 from duomoe.kernels.quantised import FP8_BLOCK
 from duomoe.models.config import Quantization
 from duomoe.models.weights import Sources
@@ -43,7 +43,7 @@ class QuantisationError:
 
     def add(self, matrix: Matrix, converted: Matrix) -> None:
         """Count a matrix that has been quantised."""
-        if converted is not matrix and not isinstance(converted, PlainMatrix):
+        if converted is not matrix and not isinstance(converted, PlainMatrix | PackedMatrix):
             values = matrix.values()
             self.squared_error += float((converted.values() - values).square().sum(dtype=torch.float64))
             self.squared_norm += float(values.square().sum(dtype=torch.float64))
@@ -181,6 +181,7 @@ def fill_layer(
 
     Raises:
         InputError: as `StoredMatrices.read`, and when a matrix has values that the format cannot hold.
+        DoesNotPack: when the format is packed and a matrix does not pack.
     """
     views = expert_format.views(rows)
 

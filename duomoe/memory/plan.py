@@ -14,11 +14,11 @@ from fractions import Fraction
 import torch
 
 from duomoe.errors import InputError
-from duomoe.experts.format import ExpertFormat
-from duomoe.experts.packed import usual_packed_bytes
+from duomoe.experts.compute import EXPANDED_PAIRS, expanded_experts
+from duomoe.experts.format import ExpertFormat, plain_format
 from duomoe.experts.policies import BOUNDED, PREDICTED, STREAMING
 from duomoe.experts.prefill import SMALLEST_RING, ring_slots
-from duomoe.kernels import LANES, gemv_splits
+from duomoe.kernels import LANES, gemv_splits, use_gemv
 from duomoe.kernels.attention import CHUNK as DECODE_CHUNK
 from duomoe.kernels.permute import BLOCK as SORT_BLOCK
 from duomoe.kernels.quantised import FP8_BLOCK
@@ -85,6 +85,8 @@ class Plan:
     """A division of the device's memory; sizes are in bytes.
 
     Attributes:
+        limits: what it keeps to.
+        policy: "resident" or the name of a bounded policy.
         weight_sizes: of each non-expert tensor.
         expert_format: of an expert's row; never a packed one under `resident`, where experts cross no link.
         dequantised: of the non-expert weights, what they take beyond what the checkpoint stores.
@@ -92,12 +94,9 @@ class Plan:
         num_slots: experts that are on the device at once; all of them under `resident`.
         max_model_len: the longest sequence, in tokens.
         num_pages: of the KV cache.
-        predictor: of its weights, where the policy has use for one.
-        graphs: decode steps are captured as CUDA graphs.
-        budget: what `total` may be; None is no limit.
     """
 
-    device: str
+    limits: Limits
     policy: str
     model: ModelConfig
     dtype: torch.dtype
@@ -106,12 +105,23 @@ class Plan:
     dequantised: int
     num_experts: int
     num_slots: int
-    max_batch: int
     max_model_len: int
     num_pages: int
-    predictor: int
-    graphs: bool
-    budget: int | None
+
+    @property
+    def device(self) -> str:
+        """Where computation is, "cpu" or "cuda"."""
+        return self.limits.device
+
+    @property
+    def max_batch(self) -> int:
+        """Sequences decoded together."""
+        return self.limits.max_batch
+
+    @property
+    def budget(self) -> int | None:
+        """What `total` may be; None is no limit."""
+        return self.limits.memory
 
     @property
     def weights_bytes(self) -> int:
@@ -136,7 +146,7 @@ class Plan:
     @property
     def predictor_bytes(self) -> int:
         """Bytes of the predictor's weights."""
-        return self.predictor if self.policy in PREDICTED else 0
+        return self.limits.predictor_bytes if self.policy in PREDICTED else 0
 
     @property
     def decode_bytes(self) -> int:
@@ -144,7 +154,9 @@ class Plan:
         if self.device != "cuda":
             return 0
         parts = self.workspace()
-        graphs = parts["logits"] + parts["decode attention"] + parts["decode experts"] if self.graphs else 0
+        graphs = parts["logits"] + parts["decode attention"] + parts["decode experts"] if self.limits.graphs else 0
+        if self.limits.graphs and self.expert_format.packed and not self._all_few(self.max_batch):
+            graphs += parts["expanded experts"]
         directory = self.num_slots * (4 * LANES + 20) + 24 * self.num_experts if self.policy in STREAMING else 0
         return graphs + directory
 
@@ -194,14 +206,8 @@ class Plan:
 
     @property
     def store_bytes(self) -> int:
-        """Bytes of host memory for the experts' home; none where they live on the device.
-
-        Of packed rows, an estimate: how far they pack follows from their values.
-        """
-        if self.policy == "resident":
-            return 0
-        row_bytes = usual_packed_bytes(self.row_bytes) if self.expert_format.packed else self.row_bytes
-        return self.num_experts * row_bytes
+        """Bytes of host memory for the experts' home; none where they live on the device."""
+        return 0 if self.policy == "resident" else self.num_experts * self.row_bytes
 
     def workspace(self) -> dict[str, int]:
         """Return a bound on what lives for a pass or less, by what it is.
@@ -233,6 +239,8 @@ class Plan:
             # The same in fp8, with a scale for every 128; what goes into the experts is kept for all chunks.
             "fp8 activations": n * self._fp8_bytes(hidden)
             + chunk * top_k * self._fp8_bytes(model.moe_intermediate_size),
+            # Of experts that are written out for chunks of many tokens.
+            "expanded experts": self._expanded_bytes(),
             # Of the shared expert or a dense block: gate and up, the activation, the product, and four steps of adding.
             "MLP": chunk * item * (4 * mlp + 4 * hidden),
             # Partial sums over chunks of the context.
@@ -246,6 +254,19 @@ class Plan:
     def _fp8_bytes(self, inner: int) -> int:
         """Return what activations of `inner` values take in fp8, with their scales, where experts are given such."""
         return inner + 4 * math.ceil(inner / FP8_BLOCK) if self.expert_format.fp8_activations else 0
+
+    def _all_few(self, tokens: int) -> bool:
+        """Return whether chunks of up to so many tokens all take the GEMV form of the experts."""
+        return use_gemv(tokens, self.model.top_k, self.model.num_experts)
+
+    def _expanded_bytes(self) -> int:
+        """Return what experts that are expanded take (LayerSum)."""
+        model, form, n = self.model, self.expert_format, self.pass_tokens
+        long = self.policy == "resident" and n * model.top_k >= EXPANDED_PAIRS * model.num_experts
+        if not (form.packed and not self._all_few(n)) and not (form.quantised and long and not form.fp8_activations):
+            return 0
+        size = model.hidden_size, model.moe_intermediate_size
+        return expanded_experts(*size, model.num_experts, self.dtype) * 3 * math.prod(size) * self.dtype.itemsize
 
     def _gemv_bytes(self) -> int:
         model = self.model
@@ -301,7 +322,7 @@ class Plan:
         if self.predictor_bytes:
             rows.append(("predictor", self.predictor_bytes, ""))
         if self.decode_bytes:
-            rows.append(("decode", self.decode_bytes, "CUDA graphs" if self.graphs else "directory of slots"))
+            rows.append(("decode", self.decode_bytes, "CUDA graphs" if self.limits.graphs else "directory of slots"))
         if ring:
             rows.append(
                 ("prefill ring", ring * self.row_bytes, f"{ring} expert slots of {format_size(self.row_bytes)}")
@@ -315,8 +336,7 @@ class Plan:
         rows.append(("total", self.total, limit))
         if self.store_bytes:
             form = "" if self.expert_format.name == "plain" else f", {self.expert_format.name}"
-            estimated = ", estimated" if self.expert_format.packed else ""
-            rows.append(("in host memory", self.store_bytes, f"all {self.num_experts} experts{form}{estimated}"))
+            rows.append(("in host memory", self.store_bytes, f"all {self.num_experts} experts{form}"))
         lines = [f"memory plan: {self.device}, policy {self.policy}"]
         lines += [f"  {name:<18}{format_size(size):>12}  {note}".rstrip() for name, size, note in rows]
         return "\n".join(lines)
@@ -348,25 +368,27 @@ def make_plan(
     Raises:
         InputError: when the limits cannot be kept; names the least that would do, and what it is made of.
     """
-    policy, fewest, most = _slot_range(model, expert_format.row_bytes, limits)
+    # Where nothing crosses the link, nothing is packed.
+    resident_format = expert_format
+    if expert_format.packed:
+        resident_format = plain_format(model.hidden_size, model.moe_intermediate_size, dtype)
+    policy, fewest, most = _slot_range(model, expert_format.row_bytes, resident_format.row_bytes, limits)
+    if policy == "resident":
+        expert_format = resident_format
     longest = min(limits.max_model_len or model.max_position, model.max_position)
     shortest = longest if limits.max_model_len else min(longest, SHORTEST_CONTEXT)
     least = Plan(
-        device=limits.device,
+        limits=limits,
         policy=policy,
         model=model,
         dtype=dtype,
         weight_sizes=tuple(elements * dtype.itemsize for elements in _weights(architecture, model)),
-        expert_format=_format_under(policy, expert_format),
+        expert_format=expert_format,
         dequantised=dequantised,
         num_experts=len(model.moe_layers) * model.num_experts,
         num_slots=fewest,
-        max_batch=limits.max_batch,
         max_model_len=shortest,
         num_pages=pages_for(shortest),
-        predictor=limits.predictor_bytes,
-        graphs=limits.graphs,
-        budget=limits.memory,
     )
     budget = least.total + limits.host_memory // 4 if limits.memory is None else limits.memory
     spare = budget - least.total
@@ -375,9 +397,13 @@ def make_plan(
     context_limit = least.total + int(spare * (STATED_CONTEXT_SHARE if limits.max_model_len else CONTEXT_SHARE))
 
     def with_slots(plan: Plan, slots: int) -> Plan:
-        everything = limits.policy == "auto" and slots == plan.num_experts
-        policy = "resident" if everything else plan.policy
-        return replace(plan, num_slots=slots, policy=policy, expert_format=_format_under(policy, plan.expert_format))
+        plan = replace(plan, num_slots=slots)
+        if limits.policy != "auto" or slots < plan.num_experts:
+            return plan
+        resident = replace(plan, policy="resident", expert_format=resident_format)
+        # Where packed experts all fit, plain ones need not.
+        fits = resident.total <= budget and _may_all_stay(limits, resident.slot_bytes)
+        return resident if fits or not plan.expert_format.packed else plan
 
     def one_sequence(pages: int) -> Plan:
         return replace(least, max_model_len=min(pages * PAGE_SIZE, longest), num_pages=pages)
@@ -399,16 +425,21 @@ def make_plan(
     return plan
 
 
-def _format_under(policy: str, expert_format: ExpertFormat) -> ExpertFormat:
-    """Return the format of experts under a policy: where all live on the device, nothing is packed."""
-    return replace(expert_format, name="plain") if policy == "resident" and expert_format.packed else expert_format
+def _may_all_stay(limits: Limits, size: int) -> bool:
+    """Return whether the limit on slots allows all experts to be on the device, with so many bytes."""
+    return not isinstance(limits.experts, int) or limits.experts >= size
 
 
-def _slot_range(model: ModelConfig, row_bytes: int, limits: Limits) -> tuple[str, int, int]:
-    """Return the policy, and the fewest and the most slots it may be given."""
+def _slot_range(model: ModelConfig, row_bytes: int, resident_bytes: int, limits: Limits) -> tuple[str, int, int]:
+    """Return the policy, and the fewest and the most slots it may be given.
+
+    An expert has `row_bytes` in a slot, and `resident_bytes` where all stay on the device.
+    """
     if limits.policy not in ("auto", "resident", *BOUNDED):
         raise InputError(f"--policy: {limits.policy!r} is not one of auto, resident, {', '.join(BOUNDED)}")
     every = len(model.moe_layers) * model.num_experts
+    if limits.policy == "resident":
+        row_bytes = resident_bytes
     stated = None
     if limits.experts is not None:
         allowed = limits.experts * every if isinstance(limits.experts, Fraction) else limits.experts // row_bytes
@@ -436,7 +467,8 @@ def _slot_range(model: ModelConfig, row_bytes: int, limits: Limits) -> tuple[str
         fewest = min(SMALLEST_RING, most)
     else:
         fewest = most = every if limits.policy == "auto" else one_layer
-    return "resident" if limits.policy == "auto" and fewest == every else bounded, fewest, most
+    resident = limits.policy == "auto" and fewest == every and _may_all_stay(limits, every * resident_bytes)
+    return "resident" if resident else bounded, fewest, most
 
 
 def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int:

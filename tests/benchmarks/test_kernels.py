@@ -7,13 +7,16 @@ events; `extra_info` has the microseconds of one call with GB/s or TFLOP/s. On a
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
+from duomoe.experts.compute import expanded_experts
 from duomoe.kernels import (
+    expand,
     experts_down,
     experts_down_gemv,
     experts_gate_up,
@@ -22,6 +25,7 @@ from duomoe.kernels import (
     paged_attention,
     quantise_activations,
 )
+from duomoe.kernels.bf16_packed import pack_bf16
 from duomoe.kernels.expert_gemv import gemv_splits
 from duomoe.kernels.quantised import block_shape, packed_width, scale_shape
 
@@ -83,8 +87,11 @@ def random(*shape: int, scale: float = 1.0) -> Tensor:
 
 Pool = tuple[Tensor, Tensor | None, Tensor | None]  # weights, scales, zero points
 
-forms = pytest.mark.parametrize("form", ["plain", "fp8", "int4"])
-gemm_forms = pytest.mark.parametrize("form", ["plain", "fp8", "w8a8", "int4"])
+forms = pytest.mark.parametrize("form", ["plain", "packed", "fp8", "int4"])
+# Those that are `expanded` become plain before they are multiplied, as many at a time as the runtime has room for.
+gemm_forms = pytest.mark.parametrize(
+    "form", ["plain", "packed expanded", "fp8", "fp8 expanded", "w8a8", "int4", "int4 expanded"]
+)
 
 
 def matrices(shape: Shape, form: str) -> tuple[Pool, Pool, Tensor]:
@@ -98,7 +105,16 @@ def matrices(shape: Shape, form: str) -> tuple[Pool, Pool, Tensor]:
 
 def pool(form: str, slots: int, stacked: int, outer: int, inner: int) -> Pool:
     """Random weights of a form; matrices of the same size are stacked."""
-    rows = stacked * outer
+    rows, form = stacked * outer, form.removesuffix(" expanded")
+    if form == "packed":
+        # The same experts again and again: packing takes the host longer than all that is measured.
+        experts = []
+        for _ in range(2):
+            parts = [pack_bf16(random(outer, inner, scale=inner**-0.5).cpu().bfloat16()) for _ in range(stacked)]
+            experts.append([torch.cat(tensors) for tensors in zip(*parts, strict=True)])
+        w, bases, patches = (torch.stack(tensors).to(DEVICE) for tensors in zip(*experts, strict=True))
+        again = torch.arange(slots, device=DEVICE) % 2
+        return w[again], bases[again], patches[again]
     if form == "plain":
         return random(slots, rows, inner, scale=inner**-0.5), None, None
     if form in ("fp8", "w8a8"):
@@ -137,11 +153,14 @@ prefill_shapes = pytest.mark.parametrize(
 
 
 @gpu
-def test_copy(benchmark: BenchmarkFixture) -> None:
-    """The bandwidth that a decode GEMV is measured against: bytes read plus bytes written."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE)
+@pytest.mark.parametrize("mb", [6, 12, 25, 60, 120, 2000])
+def test_copy(benchmark: BenchmarkFixture, mb: int) -> None:
+    """The bandwidth that a decode GEMV is measured against, bytes read plus bytes written; also of as few as it has."""
+    count = max(1, 600 // mb)
+    source = torch.empty(count, mb * 500_000, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
-    measure(benchmark, [lambda: target.copy_(source)], gigabytes=2 * source.nbytes / 1e9)
+    calls = [lambda n=number: target[n].copy_(source[n]) for number in range(count)]
+    measure(benchmark, calls, gigabytes=mb / 1e3)
 
 
 def one_token(shape: Shape) -> list[Tensor]:
@@ -155,7 +174,7 @@ def one_token(shape: Shape) -> list[Tensor]:
 def test_gate_up_gemv(benchmark: BenchmarkFixture, shape: Shape, form: str) -> None:
     gate_up, _, slots = matrices(shape, form)
     x = random(1, shape.hidden)
-    splits = gemv_splits(shape.hidden, 2 * shape.intermediate, shape.top_k, form != "plain")
+    splits = gemv_splits(shape.hidden, 2 * shape.intermediate, shape.top_k, form in ("fp8", "int4"))
     out = torch.empty(splits, shape.top_k, 2 * shape.intermediate, device=DEVICE)
     w, *also = gate_up
     calls = [lambda e=experts: experts_gate_up_gemv(x, w, slots, e, out, *also) for experts in one_token(shape)]
@@ -166,9 +185,9 @@ def test_gate_up_gemv(benchmark: BenchmarkFixture, shape: Shape, form: str) -> N
 @decode_shapes
 def test_down_gemv(benchmark: BenchmarkFixture, shape: Shape, form: str) -> None:
     _, down, slots = matrices(shape, form)
-    partial = gemv_splits(shape.hidden, 2 * shape.intermediate, shape.top_k, form != "plain")
+    partial = gemv_splits(shape.hidden, 2 * shape.intermediate, shape.top_k, form in ("fp8", "int4"))
     gate_up = random(partial, shape.top_k, 2 * shape.intermediate).float()
-    splits = gemv_splits(shape.intermediate, shape.hidden, shape.top_k, form != "plain")
+    splits = gemv_splits(shape.intermediate, shape.hidden, shape.top_k, form in ("fp8", "int4"))
     out = torch.empty(splits, shape.top_k, shape.hidden, device=DEVICE)
     weights = torch.rand(1, shape.top_k, device=DEVICE)
     w, *also = down
@@ -188,44 +207,68 @@ def inputs(x: Tensor, form: str) -> tuple[Tensor, Tensor | None]:
     return quantise_activations(x) if form == "w8a8" else (x, None)
 
 
+def multiply(
+    shape: Shape, form: str, stacked: int, of: Pool, slots: Tensor, product: Callable[[Tensor, Tensor, list[Any]], None]
+) -> Callable[[], None]:
+    """A call of a product, with weights, slots and what goes with the weights; with plain ones where these are expanded."""
+    w, *also = of
+    if not form.endswith(" expanded"):
+        return lambda: product(w, slots, also)
+    outer, inner = (2 * shape.intermediate, shape.hidden) if stacked == 2 else (shape.hidden, shape.intermediate)
+    count = expanded_experts(shape.hidden, shape.intermediate, shape.num_experts, DTYPE)
+    plain, places = torch.empty(count, outer, inner, dtype=DTYPE, device=DEVICE), torch.empty_like(slots)
+
+    def call() -> None:
+        for first in range(0, shape.num_experts, count):
+            expand(w, *also, stacked, slots, first, plain, places)
+            product(plain, places, [None, None])
+
+    return call
+
+
 @gemm_forms
 @prefill_shapes
 def test_gate_up_gemm(benchmark: BenchmarkFixture, shape: Shape, tokens: int, form: str) -> None:
-    (w, *also), _, slots = matrices(shape, form)
+    gate_up, _, slots = matrices(shape, form)
     x, (order, offsets) = random(tokens, shape.hidden), sorted_pass(shape, tokens)
     h = torch.empty(len(order), shape.intermediate, dtype=DTYPE, device=DEVICE)
     teraflop = 4 * len(order) * shape.hidden * shape.intermediate / 1e12
 
-    def call() -> None:
+    def product(w: Tensor, slots: Tensor, also: list[Any]) -> None:
         fed, fed_scales = inputs(x, form)
         experts_gate_up(fed, w, slots, order, offsets, shape.top_k, h, *also, fed_scales)
 
-    measure(benchmark, [call], teraflop=teraflop, gigabytes=shape.num_experts * expert_gigabytes((w, *also)))
+    call = multiply(shape, form, 2, gate_up, slots, product)
+    measure(benchmark, [call], teraflop=teraflop, gigabytes=shape.num_experts * expert_gigabytes(gate_up))
 
 
 @gemm_forms
 @prefill_shapes
 def test_down_gemm(benchmark: BenchmarkFixture, shape: Shape, tokens: int, form: str) -> None:
-    _, (w, *also), slots = matrices(shape, form)
+    _, down, slots = matrices(shape, form)
     order, offsets = sorted_pass(shape, tokens)
     h, weights = random(len(order), shape.intermediate), torch.rand(tokens, shape.top_k, device=DEVICE)
     out = torch.empty(len(order), shape.hidden, dtype=DTYPE, device=DEVICE)
     teraflop = 2 * len(order) * shape.hidden * shape.intermediate / 1e12
 
-    def call() -> None:
+    def product(w: Tensor, slots: Tensor, also: list[Any]) -> None:
         fed, fed_scales = inputs(h, form)
         experts_down(fed, w, slots, order, offsets, weights, out, *also, fed_scales)
 
-    measure(benchmark, [call], teraflop=teraflop, gigabytes=shape.num_experts * expert_gigabytes((w, *also)))
+    call = multiply(shape, form, 1, down, slots, product)
+    measure(benchmark, [call], teraflop=teraflop, gigabytes=shape.num_experts * expert_gigabytes(down))
 
 
+@pytest.mark.parametrize("name", ["gate_up", "down"])
 @prefill_shapes
-def test_dense_matmul(benchmark: BenchmarkFixture, shape: Shape, tokens: int) -> None:
-    """As many multiplications as `gate_up` has, in one dense product (cuBLAS on a GPU)."""
-    pairs, outer = tokens * shape.top_k, 2 * shape.intermediate
-    x, w = random(pairs, shape.hidden), random(outer, shape.hidden)
+def test_dense_matmul(benchmark: BenchmarkFixture, shape: Shape, tokens: int, name: str) -> None:
+    """As many multiplications as the experts have, in one dense product (cuBLAS on a GPU)."""
+    pairs, outer, inner = tokens * shape.top_k, 2 * shape.intermediate, shape.hidden
+    if name == "down":
+        outer, inner = shape.hidden, shape.intermediate
+    x, w = random(pairs, inner), random(outer, inner)
     out = torch.empty(pairs, outer, dtype=DTYPE, device=DEVICE)
-    teraflop = 2 * pairs * outer * shape.hidden / 1e12
+    teraflop = 2 * pairs * outer * inner / 1e12
     measure(benchmark, [lambda: torch.mm(x, w.T, out=out)], teraflop=teraflop)
 
 

@@ -15,12 +15,11 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from duomoe import InputError
 from duomoe.checkpoint import Checkpoint
-from duomoe.experts.compute import ExpertSum
-from duomoe.experts.format import ALIGNMENT, ExpertFormat, fp8_format, int4_format, plain_format
-from duomoe.experts.matrix import PlainMatrix, to_fp8, to_int4
-from duomoe.experts.packed import pack_layer
+from duomoe.experts.compute import ExpertSum, LayerSum
+from duomoe.experts.format import ALIGNMENT, ExpertFormat, fp8_format, int4_format, packed_format, plain_format
+from duomoe.experts.matrix import DoesNotPack, PlainMatrix, to_fp8, to_int4
 from duomoe.experts.stored import StoredMatrices, fill_layer
-from duomoe.kernels import expand_bf16
+from duomoe.kernels import expand
 from duomoe.kernels.quantised import dequantise
 from duomoe.models.batch import Routing
 from duomoe.models.config import Quantization, parse_quantization
@@ -88,6 +87,8 @@ CASES = {
     "gptq": (GPTQ, gptq, lambda *shape: int4_format(*shape, 64, torch.float16)),
     "gptq symmetric": (GPTQ, lambda *args: gptq(*args, True), lambda *shape: int4_format(*shape, 64, torch.float16)),
     "gptq_v2": (GPTQ_V2, lambda *args: gptq(*args, less=0), lambda *shape: int4_format(*shape, 64, torch.float16)),
+    "plain packed": (None, plain, packed_format),
+    "awq that left experts packed": (AWQ, plain, packed_format),
     "awq that left experts plain": (AWQ, plain, lambda *shape: plain_format(*shape, torch.float32)),
     "awq made plain": (AWQ, awq, lambda *shape: plain_format(*shape, torch.float32)),
     "fp8 made plain": (FP8, fp8, lambda *shape: plain_format(*shape, torch.float32)),
@@ -163,7 +164,9 @@ def test_no_value_is_further_off_than_half_a_step(
     assert bool(((fp8_.values() - values).abs() <= values.abs() / 16 * 1.001 + largest / 448 / 1024).all())
 
 
-@pytest.mark.parametrize("format_of", [fp8_format, lambda *shape: int4_format(*shape, 64, torch.bfloat16)])
+@pytest.mark.parametrize(
+    "format_of", [fp8_format, lambda *shape: int4_format(*shape, 64, torch.bfloat16), packed_format]
+)
 @given(hidden=st.integers(1, 300), inner=st.integers(1, 300), n=st.integers(1, 3))
 @settings(deadline=None, max_examples=30)
 def test_views_cover_a_row_without_overlap(
@@ -183,11 +186,12 @@ def test_views_cover_a_row_without_overlap(
 
 
 def test_the_bytes_of_real_experts() -> None:
-    """An expert's row against two bytes a weight: half for fp8, a quarter for int4, and little more."""
+    """An expert's row against two bytes a weight: a half, a quarter or three quarters, and little more."""
     for hidden, inner in ((2048, 768), (4096, 14336)):
         plain_bytes = plain_format(hidden, inner, torch.bfloat16).row_bytes
         assert fp8_format(hidden, inner).row_bytes < 0.501 * plain_bytes
         assert int4_format(hidden, inner, 128, torch.float16).row_bytes < 0.263 * plain_bytes
+        assert packed_format(hidden, inner).row_bytes < 0.7555 * plain_bytes
 
 
 @pytest.mark.parametrize("tokens", [1, 20])  # GEMV and GEMM
@@ -235,17 +239,50 @@ def test_fp8_activations_are_close_and_the_same_in_waves(tmp_path: Path, monkeyp
     assert 0.005 < error < 0.06
 
 
-def test_a_layer_of_bfloat16_packs_and_comes_back(tmp_path: Path) -> None:
-    layer, expert_format = Layer(tmp_path, plain, 200, 72), plain_format(200, 72, torch.bfloat16)
-    rows = layer.rows(expert_format).zero_()
-    fill_layer(layer.stored(None), expert_format, layer.sources, rows)
-    packed = pack_layer(rows)
-    assert packed is not None
-    back = torch.empty_like(rows)
-    expand_bf16(packed, back.view(torch.bfloat16))
-    assert torch.equal(back, rows)
-    rows[1].view(torch.bfloat16)[::2] = 1e-30  # too many that are far from the others
-    assert pack_layer(rows) is None
+def test_one_matrix_that_does_not_pack_is_enough(tmp_path: Path) -> None:
+    layer, expert_format = Layer(tmp_path, plain, 200, 72), packed_format(200, 72)
+    layer.tensors["experts.1.up_proj.weight"][::2, ::5] = 1e-30  # too many that are far from the others
+    with pytest.raises(DoesNotPack):
+        fill_layer(layer.stored(None), expert_format, layer.sources, layer.rows(expert_format))
+
+
+@pytest.mark.parametrize("case", ["fp8", "awq", "plain packed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_expanded_experts_give_the_same_sum(
+    case: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two chunks with many tokens and one with few, in two waves, expanded by twos."""
+    quantization, make, format_of = CASES[case]
+    layer, random, expert_format = Layer(tmp_path, make, 200, 72, experts=5), generator(1), format_of(200, 72)
+    rows = layer.rows(expert_format)
+    fill_layer(layer.stored(quantization), expert_format, layer.sources, rows)
+    plain_rows = layer.rows(plain := plain_format(200, 72, dtype))
+    fill_layer(layer.stored(quantization), plain, layer.sources, plain_rows)
+    chunks = []
+    for tokens in (20, 30, 2):
+        chosen = torch.rand(tokens, 5, generator=random).argsort(1)[:, :2].int()
+        routing = Routing(experts=chosen, weights=torch.rand(tokens, 2, generator=random))
+        chunks.append((torch.randn(tokens, 200, generator=random).to(dtype), routing))
+    monkeypatch.setattr("duomoe.experts.compute.EXPANDED_PAIRS", 20)
+    monkeypatch.setattr("duomoe.experts.compute.EXPANDED_BYTES", 2 * plain.row_bytes)
+    expanded = []
+    monkeypatch.setattr("duomoe.experts.compute.expand", lambda *args: expanded.append(args[5]) or expand(*args))
+
+    def totals(views: dict[str, Tensor], form: ExpertFormat, expands: bool) -> list[Tensor]:
+        total = LayerSum([ExpertSum(h, routing, 5, 72, form) for h, routing in chunks], expands)
+        total.wave(views, torch.tensor([0, -1, 2, -1, 4], dtype=torch.int32), 3)
+        total.wave(views, torch.tensor([-1, 1, -1, 3, -1], dtype=torch.int32), 4)
+        return total.totals()
+
+    in_slots = totals(expert_format.views(rows), expert_format, True)
+    assert expanded == [0, 0, 2, 2, 0, 0, 2, 2]
+    expected = totals(plain.views(plain_rows), plain, False)
+    for found, wanted in zip(in_slots[:2], expected[:2], strict=True):
+        assert torch.equal(found, wanted)
+    if case != "plain packed":  # which are always expanded
+        for found, wanted in zip(in_slots, totals(expert_format.views(rows), expert_format, False), strict=True):
+            assert torch.equal(found, wanted)
+        assert len(expanded) == 8
 
 
 def broken(layer: Layer, quantization: Quantization | None, expert_format: ExpertFormat, *words: str) -> None:

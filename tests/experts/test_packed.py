@@ -1,7 +1,6 @@
-"""Experts of bfloat16 that are packed in host memory and over the link: the same bits, for fewer bytes."""
+"""Experts of bfloat16 in 12 bits, in host memory, over the link and in slots: the same results, for fewer bytes."""
 
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,21 +9,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_lossless import Adversary, Counter, Wrong, connect
-from torch import Tensor
 
 from duomoe import LLM, EngineConfig, InputError, SamplingParams, generate
 from duomoe.experts.decode import Decode
-from duomoe.experts.format import packed_format
-from duomoe.experts.link import Copy, HostLink, Pace
-from duomoe.experts.packed import pack_layer
+from duomoe.experts.link import HostLink, Pace
 from duomoe.experts.policies import BOUNDED
-from duomoe.experts.store import ExpertStore
+from duomoe.memory.plan import Plan
 from duomoe.model_folder import EMBEDDED_MODEL
 
-# An expert is two blocks of 16,384 values and a quarter, without bytes between its tensors.
 HIDDEN, INTERMEDIATE = 128, 96
-VALUES = 3 * HIDDEN * INTERMEDIATE
-ROW_BYTES = 2 * VALUES
+ROW_BYTES = 2 * 3 * HIDDEN * INTERMEDIATE
+# Of gate and up, then of down: 12 bits a value, a byte for each output, and 16 bytes for each patch, of which there may
+# be 16 and one for each 2,048 values of a matrix; each in whole 256 bytes.
+PACKED_BYTES = (192 * 192 + 256 + 768) + (128 * 144 + 256 + 512)
 UNPACKED = 1  # the layer that does not pack
 
 EXPERT = "model.layers.{layer}.mlp.experts.{expert}.{name}_proj.weight"
@@ -46,39 +43,40 @@ def folder(tiny: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -
 
 
 def packed_llm(folder: Path, slots: int, **options: Any) -> LLM:
+    """With memory for so many plain rows."""
     options = dict(device="cpu", expert_memory=slots * ROW_BYTES, policy="duo") | options
     return LLM(folder, expert_dtype="bf16-packed", **options)
 
 
-def row_bytes_by_hand(folder: Path) -> list[int]:
-    """Bytes of a row of each layer: 12 bits a value, 4 bytes a block, and 4 for each value far below its block's."""
-    tensors = load_file(folder / "model.safetensors")
-    sizes = []
-    for layer in range(3):
-        most = 0
-        for expert in range(8):
-            matrices = [
-                tensors[EXPERT.format(layer=layer, expert=expert, name=name)] for name in ("gate", "up", "down")
-            ]
-            exponents = torch.frexp(torch.cat([matrix.flatten().double() for matrix in matrices])).exponent
-            zero = torch.cat([matrix.flatten() == 0 for matrix in matrices])
-            parts = zip(exponents.split(16384), zero.split(16384), strict=True)
-            far = (int(((part < part[~none].max() - 14) & ~none).sum()) for part, none in parts)
-            most = max(most, sum(far))
-        size = VALUES * 3 // 2 + 4 * 3 + 4 * most
-        sizes.append(ROW_BYTES if most > VALUES // 64 else -(-size // 128) * 128)
-    return sizes
+@pytest.fixture(scope="module")
+def all_pack(tiny: Callable[..., Any]) -> Path:
+    sizes = dict(hidden_size=HIDDEN, moe_intermediate_size=INTERMEDIATE, dtype=torch.bfloat16)
+    return Path(tiny("qwen3_moe", **sizes).path)
 
 
-def test_what_packs_is_packed(folder: Path) -> None:
-    llm = packed_llm(folder, 5)
-    sizes = row_bytes_by_hand(folder)
-    assert sizes[UNPACKED] == ROW_BYTES and max(sizes[0], sizes[2]) < 0.76 * ROW_BYTES
+def test_what_packs_is_packed_and_takes_less_of_a_slot(all_pack: Path) -> None:
+    llm = packed_llm(all_pack, 6)
     store = llm.policy.residency.store  # type: ignore[attr-defined]
-    assert [rows.shape[1] for rows in store.layers] == sizes
-    assert store.packed == [True, False, True] and llm.unpacked_layers == [UNPACKED]
-    assert llm.memory["expert_store_bytes"] == 8 * sum(sizes)
-    assert llm.memory["expert_slots_bytes"] == 5 * ROW_BYTES
+    assert llm.unpacked_layers == []
+    assert [rows.shape for rows in store.layers] == [(8, PACKED_BYTES)] * 3
+    slots = 6 * ROW_BYTES // PACKED_BYTES
+    assert slots > 6 and llm.plan.num_slots == slots
+    assert llm.memory["expert_slots_bytes"] == slots * PACKED_BYTES
+    assert llm.memory["expert_store_bytes"] == llm.plan.store_bytes == 24 * PACKED_BYTES
+
+
+def test_a_layer_that_does_not_pack_stays_plain_and_slots_have_room_for_it(folder: Path) -> None:
+    llm = packed_llm(folder, 5)
+    store = llm.policy.residency.store  # type: ignore[attr-defined]
+    assert llm.unpacked_layers == [UNPACKED]
+    assert [rows.shape[1] for rows in store.layers] == [PACKED_BYTES, ROW_BYTES, PACKED_BYTES]
+    assert llm.memory["expert_store_bytes"] == 8 * (2 * PACKED_BYTES + ROW_BYTES)
+    assert llm.plan.num_slots == 5 and llm.memory["expert_slots_bytes"] == 5 * ROW_BYTES
+
+
+def test_slots_that_have_no_room_for_a_plain_layer_are_refused_in_one_line(folder: Path) -> None:
+    with pytest.raises(InputError, match=rf"^--expert-memory: at least [^\n]*{ROW_BYTES} bytes[^\n]*$"):
+        packed_llm(folder, 0, expert_memory=PACKED_BYTES)
 
 
 def same_bits(llm: LLM, whole: LLM, prompt_of: Callable[..., list[int]]) -> None:
@@ -98,10 +96,10 @@ def test_every_policy_gives_the_plain_bits(policy: str, folder: Path, prompt_of:
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
-def test_rows_of_less_than_a_block_give_the_plain_bits(
+def test_every_family_gives_the_plain_bits(
     family: str, tiny: Callable[..., Any], prompt_of: Callable[..., list[int]]
 ) -> None:
-    path = tiny(family).path
+    path = tiny(family, hidden_size=64, moe_intermediate_size=72, intermediate_size=72).path
     llm = LLM(path, device="cpu", dtype="bfloat16", expert_dtype="bf16-packed", policy="duo", expert_memory="30%")
     assert llm.unpacked_layers == []
     same_bits(llm, LLM(path, device="cpu", dtype="bfloat16"), prompt_of)
@@ -128,26 +126,6 @@ def test_memory_that_cannot_be_pinned_gives_the_plain_bits(
     whole = LLM(folder, device="cuda", compile="off")
     monkeypatch.setattr("duomoe.experts.store.pin", lambda rows: False)
     same_bits(packed_llm(folder, 5, policy=policy, device="cuda", compile="off"), whole, prompt_of)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("slots", [2, 3])
-def test_many_rows_at_once_over_a_gpus_link(slots: int, folder: Path) -> None:
-    """Packed rows and plain ones into few slots, each sent over a slot before anybody has waited for the last one."""
-    llm = packed_llm(folder, slots, policy="lru", device="cuda", compile="off")
-    store, pool, link = (getattr(llm.policy.residency, name) for name in ("store", "pool", "link"))  # type: ignore[attr-defined]
-    plain = LLM(folder, device="cpu", policy="lru", expert_memory=ROW_BYTES).policy.residency.store  # type: ignore[attr-defined]
-    order = torch.randint(3 * 8, (300,), generator=torch.Generator().manual_seed(1)).tolist()
-    for number, expert in enumerate(order):
-        layer, row = divmod(expert, 8)
-        copy = link.send(store.layers[layer][row], pool.rows[number % slots])
-        if number % 7 == 0:
-            link.wait(copy)
-            assert torch.equal(pool.rows[number % slots].cpu(), plain.layers[layer][row])
-    torch.cuda.synchronize()
-    for number in range(len(order) - slots, len(order)):
-        layer, row = divmod(order[number], 8)
-        assert torch.equal(pool.rows[number % slots].cpu(), plain.layers[layer][row])
 
 
 @pytest.mark.parametrize("link", [Adversary, lambda: HostLink(Pace(bandwidth=1e8, latency=1e-5))])
@@ -180,7 +158,7 @@ def test_a_prefill_sends_each_row_as_it_is_stored(folder: Path, prompt_of: Calla
     connect(llm, link := Counter())
     traffic = llm.generate(prompt_of(200), SamplingParams(max_new_tokens=1))[0].metrics.experts
     assert len(set(link.sent)) == len(link.sent) == 24  # 200 tokens need all experts
-    assert traffic.link_bytes == traffic.streamed_bytes == 8 * sum(row_bytes_by_hand(folder))
+    assert traffic.link_bytes == traffic.streamed_bytes == 8 * (2 * PACKED_BYTES + ROW_BYTES)
     link.close()
 
 
@@ -189,43 +167,7 @@ def test_what_was_sent_ahead_and_needed_has_the_bytes_that_were_sent(
 ) -> None:
     llm = packed_llm(folder, 24, policy="layer_prefetch")
     traffic = llm.generate(prompt_of(200), SamplingParams(max_new_tokens=1))[0].metrics.experts
-    assert traffic.prefetch_used_bytes == traffic.prefetched_bytes == 8 * sum(row_bytes_by_hand(folder))
-
-
-def weights(rows: int, values: int) -> Tensor:
-    return (torch.randn(rows, values, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16().view(torch.uint8)
-
-
-def test_a_packed_copy_sent_ahead_makes_way_and_goes_on_where_it_stood() -> None:
-    plain = weights(1, 20 * 16384 + 128)
-    packed = pack_layer(plain)
-    assert packed is not None
-    link, slot = HostLink(Pace(bandwidth=5e6)), torch.full_like(plain[0], 0xFF)  # a row takes 0.1 s
-    copy = link.send_ahead(Copy(packed[0], slot))
-    while copy.moved == 0:
-        time.sleep(0.001)
-    link.recall()
-    time.sleep(0.05)  # the piece that was on its way
-    assert 0 < copy.moved == link.ahead_bytes < packed.shape[1] and not link.has_arrived(copy)
-    there = copy.moved * 21 // packed.shape[1] * 2 * 16384
-    assert torch.equal(slot[:there], plain[0, :there]) and (slot[there:] == 0xFF).all()
-    link.wait(link.promote(copy))
-    assert torch.equal(slot, plain[0])
-    assert copy.moved == packed.shape[1] and copy.ahead == link.ahead_bytes < packed.shape[1]
-    link.close()
-
-
-def test_a_layer_of_which_one_row_does_not_pack_stays_plain() -> None:
-    plain = weights(4, 16384 + 384)
-    store = ExpertStore(packed_format(128, 43), 2, 4, torch.device("cpu"), pinned=False)
-    plain = torch.nn.functional.pad(plain, (0, store.format.row_bytes - plain.shape[1]))
-    store.add(plain)
-    wild = plain.clone()
-    wild[2].view(torch.bfloat16)[::50] = 1e-20
-    store.add(wild)
-    assert store.packed == [True, False]
-    wild[:] = 0  # the caller's to use again
-    assert store.layers[1].any()
+    assert traffic.prefetch_used_bytes == traffic.prefetched_bytes == 8 * (2 * PACKED_BYTES + ROW_BYTES)
 
 
 def test_where_all_experts_are_on_the_device_nothing_is_packed(
@@ -237,20 +179,45 @@ def test_where_all_experts_are_on_the_device_nothing_is_packed(
     same_bits(llm, LLM(folder, device="cpu"), prompt_of)
 
 
-def test_the_plan_estimates_what_is_packed() -> None:
-    options = dict(device="cpu", dtype="bfloat16", policy="duo", expert_memory="15%")
-    plain = EngineConfig(**options).plan()  # type: ignore[arg-type]
-    llm = LLM(**options, expert_dtype="bf16-packed")
-    assert llm.plan.as_dict()["expert_dtype"] == "bf16-packed" and "estimated" in llm.plan.table()
-    assert llm.plan.num_slots == plain.num_slots and llm.plan.slot_bytes == plain.slot_bytes
-    assert abs(llm.memory["expert_store_bytes"] - llm.plan.store_bytes) < 0.01 * llm.plan.store_bytes
-    assert llm.memory["expert_store_bytes"] < 0.754 * plain.store_bytes
+def test_where_all_experts_fit_packed_alone_all_have_a_slot(
+    all_pack: Path, prompt_of: Callable[..., list[int]]
+) -> None:
+    memory = 24 * PACKED_BYTES + ROW_BYTES
+    llm = packed_llm(all_pack, 0, policy="auto", expert_memory=memory)
+    assert (llm.plan.policy, llm.plan.num_slots, llm.plan.expert_format.name) == ("duo", 24, "bf16-packed")
+    resident = packed_llm(all_pack, 24, policy="auto")
+    assert (resident.plan.policy, resident.plan.expert_format.name) == ("resident", "plain")
+    same_bits(llm, resident, prompt_of)
+    traffic = llm.generate(prompt_of(60), SamplingParams(max_new_tokens=8))[0].metrics.experts
+    assert traffic.link_bytes == 0  # all of them have been used before
+
+
+def test_the_budget_decides_between_packed_and_resident(all_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("duomoe.experts.compute.EXPANDED_BYTES", ROW_BYTES)
+
+    def plan(memory: int | None) -> Plan:
+        options = dict(gpu_memory=memory, expert_dtype="bf16-packed", max_model_len=512, max_batch=1)
+        return EngineConfig(device="cpu", **options).plan(all_pack)  # type: ignore[arg-type]
+
+    resident = plan(None)
+    assert resident.policy == "resident" and resident.expert_format.name == "plain"
+    assert plan(resident.total + ROW_BYTES).policy == "resident"
+    packed = plan(resident.total - 1)
+    assert (packed.policy, packed.num_slots) == ("duo", 24) and packed.total < resident.total
+    fewer = plan(packed.total - 1)
+    assert (fewer.policy, fewer.num_slots) == ("duo", 23)
+
+
+def test_experts_too_small_to_pack_are_refused_in_one_line(tiny: Callable[..., Any]) -> None:
+    path = tiny("qwen3_moe", hidden_size=16, moe_intermediate_size=8, head_dim=8).path
+    with pytest.raises(InputError, match=r"^--expert-dtype bf16-packed: experts of this size[^\n]*leave it out$"):
+        LLM(path, device="cpu", dtype="bfloat16", expert_dtype="bf16-packed")
 
 
 def test_layers_that_do_not_pack_are_named_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(EMBEDDED_MODEL, model := tmp_path / "model", ignore=shutil.ignore_patterns("recipe"))
     args = ["--device", "cpu", "--model", str(model), "--prompt", "The sea", "--max-new-tokens", "2", "--verbose"]
-    args += ["--policy", "duo", "--expert-memory", "9%", "--expert-dtype", "bf16-packed"]
+    args += ["--policy", "duo", "--expert-memory", "12%", "--expert-dtype", "bf16-packed"]
     assert generate.main(args) == 0
     assert "bf16-packed" in (err := capsys.readouterr().err) and "do not pack" not in err
     tensors = load_file(model / "model.safetensors")

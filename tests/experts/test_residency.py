@@ -37,18 +37,19 @@ class Instant(Link):
 class Sum:
     """Notes what a wave computes with."""
 
-    def wave(self, views: dict[str, torch.Tensor], slots: torch.Tensor) -> None:
+    def wave(self, views: dict[str, torch.Tensor], slots: torch.Tensor, count: int) -> None:
         self.slots = slots.tolist()
+        assert sum(slot >= 0 for slot in self.slots) <= count
 
 
 class Machine(RuleBasedStateMachine):
     @initialize(slots=st.integers(1, 9))
     def begin(self, slots: int) -> None:
         row = plain_format(2, 2, torch.float32)
-        store = ExpertStore(row, LAYERS, EXPERTS, CPU, pinned=False)
-        for layer, rows in enumerate(store.layers):
-            rows.copy_(torch.arange(EXPERTS)[:, None] + 10 * layer)
-        self.pool = SlotPool(row, slots, CPU)
+        store = ExpertStore(row, EXPERTS, CPU, pin=False)
+        for layer in range(LAYERS):
+            store.add(store.rows(row).copy_(torch.arange(EXPERTS)[:, None] + 10 * layer), row)
+        self.pool = SlotPool(store.formats, slots, CPU)
         self.traffic = Traffic()
         self.residency = Residency(store, self.pool, Instant(), self.traffic)
         self.owner: dict[int, tuple[int, int]] = {}

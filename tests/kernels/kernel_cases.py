@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor
 
+from duomoe.kernels.bf16_packed import pack_bf16
 from duomoe.kernels.permute import group_by_expert_reference
 from duomoe.kernels.quantised import block_shape, pack_int4, scale_shape
 
@@ -130,6 +131,20 @@ def expert_layer(
     weights = torch.rand(tokens, top_k, generator=random)
     x = normal(seed + 3, tokens, hidden, dtype=dtype)
     return ExpertLayer(x, w_gate_up, w_down, slots.to(DEVICE), experts.to(DEVICE), weights.to(DEVICE))
+
+
+def packed(layer: ExpertLayer) -> ExpertLayer:
+    """The same pass over the same experts, whose values are bfloat16 in 12 bits."""
+    gate_up, down = _packed_pool(layer.w_gate_up, 2), _packed_pool(layer.w_down, 1)
+    return replace(layer, w_gate_up=gate_up[0], gate_up_also=gate_up[1:], w_down=down[0], down_also=down[1:])
+
+
+def _packed_pool(w: Tensor, matrices: int) -> tuple[Tensor, ...]:
+    experts = []
+    for expert in w.bfloat16().cpu():
+        parts = [pack_bf16(matrix.contiguous()) for matrix in expert.chunk(matrices)]
+        experts.append([torch.cat(tensors) for tensors in zip(*parts, strict=True)])  # type: ignore[arg-type]
+    return tuple(torch.stack(tensors).to(DEVICE) for tensors in zip(*experts, strict=True))
 
 
 def quantised(layer: ExpertLayer, form: str, seed: int = 0) -> ExpertLayer:

@@ -24,11 +24,12 @@ from duomoe.kernels.configuration import Configuration, shared_memory
 
 CAPABILITIES = [80, 86, 89, 90, 100, 120]
 DTYPES = [torch.bfloat16, torch.float16]
-WITHOUT_DTYPE = ["admit", "fetch", "packed_bf16", "permute"]
+WITHOUT_DTYPE = ["admit", "fetch", "permute"]
 MODULES = [
     "activations",
     "attention",
     "combine",
+    "expand",
     "expert_gemv",
     "grouped_gemm",
     "rms_norm",

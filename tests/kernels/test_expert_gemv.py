@@ -2,7 +2,17 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from kernel_cases import DEVICE, ExpertLayer, assert_close, each_dtype, expert_layer, few, moe_by_hand, quantised
+from kernel_cases import (
+    DEVICE,
+    ExpertLayer,
+    assert_close,
+    each_dtype,
+    expert_layer,
+    few,
+    moe_by_hand,
+    packed,
+    quantised,
+)
 from torch import Tensor
 
 from duomoe.kernels.combine import combine_reference
@@ -107,6 +117,21 @@ def test_waves_change_no_bit_of_quantised_weights(form: str) -> None:
         run_triton(wave, *in_waves)
     assert torch.equal(in_waves[0], whole[0])
     assert torch.equal(in_waves[1], whole[1])
+
+
+@pytest.mark.parametrize(("shape", "splits"), [((330, 20), (2, 1)), ((72, 300), (1, 2)), ((600, 20), (1, 1))])
+def test_packed_weights_give_the_bits_of_plain_ones(shape: tuple[int, int], splits: tuple[int, int]) -> None:
+    layer = expert_layer(0, torch.float32, *shape, 3, 2, 2, absent=0.3)
+    for w in (layer.w_gate_up, layer.w_down):
+        w.copy_(w.bfloat16())  # values of bfloat16, in float32: the interpreter knows no other sums
+        w[:, 5, 7] = w[:, 1, 3] = 1e-20  # patches
+    plain, in_12_bits = poisoned(layer, *splits), poisoned(layer, *splits)
+    run_triton(layer, *plain)
+    run_triton(packed(layer), *in_12_bits)
+    resident = layer.resident()
+    for one, other in zip(plain, in_12_bits, strict=True):
+        assert torch.equal(one[:, resident], other[:, resident])
+    assert_computed(packed(layer), *splits)
 
 
 @pytest.mark.parametrize("splits", [(1, 1), (3, 2), (8, 8)])

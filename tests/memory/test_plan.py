@@ -23,6 +23,7 @@ from duomoe.engine import engine
 from duomoe.experts.format import plain_format
 from duomoe.experts.policies import BOUNDED
 from duomoe.experts.policies.lru import Lru
+from duomoe.kernels import expand
 from duomoe.memory.kv_cache import PAGE_SIZE
 from duomoe.memory.plan import CHUNK_TOKENS, MIB, Limits, Plan, cuda_reserved, make_plan
 from duomoe.models import Architecture, ModelConfig, Routing, architecture_of
@@ -286,6 +287,29 @@ def test_passes_stay_within_the_workspace(
             llm.generate(prompts, SamplingParams(max_new_tokens=3, temperature=1.0, top_p=0.9))
         assert passes.peak <= llm.plan.workspace_bytes
         assert passes.peak >= llm.plan.workspace_bytes / 3  # nor is it so large that it says nothing
+
+
+@pytest.mark.parametrize(
+    "options", [dict(expert_dtype="bf16-packed", policy="lru", expert_memory="50%"), dict(expert_dtype="int4")]
+)
+def test_expanded_experts_have_room_in_the_workspace(
+    options: dict[str, Any],
+    tiny: Callable[..., Any],
+    prompt_of: Callable[..., list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for module in ("experts.compute", "memory.plan"):
+        monkeypatch.setattr(f"duomoe.{module}.EXPANDED_PAIRS", 16)
+    monkeypatch.setattr("duomoe.experts.compute.EXPANDED_BYTES", 400_000)
+    expanded: list[int] = []
+    monkeypatch.setattr("duomoe.experts.compute.expand", lambda *args: expanded.append(args[6].nbytes) or expand(*args))
+    model = tiny("qwen3_moe", hidden_size=128, moe_intermediate_size=96)
+    llm = LLM(model.path, device="cpu", dtype="bfloat16", max_model_len=128, max_batch=1, **options)
+    with LiveBytes() as passes:
+        llm.generate(prompt_of(120), SamplingParams(max_new_tokens=2))
+    assert expanded and passes.peak <= llm.plan.workspace_bytes
+    part = llm.plan.workspace()["expanded experts"]
+    assert part == 5 * 3 * 128 * 96 * 2 and sum(expanded[:2]) == part
 
 
 def test_each_part_of_the_workspace_holds_what_it_is_for(

@@ -29,7 +29,7 @@ class BoundedPolicy(Policy):
         self, model: Model, store: ExpertStore, num_slots: int, link: Link, predictor: Predictor | None
     ) -> None:
         super().__init__(model, store)
-        pool = SlotPool(store.format, num_slots, model.device)
+        pool = SlotPool(store.formats, num_slots, model.device)
         self.residency = Residency(store, pool, link, self.traffic)
 
     def _walk(self, chunks: Sequence[Batch], kv: Sequence[LayerKV]) -> list[Tensor]:

@@ -24,9 +24,12 @@ class Policy(ABC):
 
     Attributes:
         can_be_captured: whether a decode step never waits for the host, so that a CUDA graph can hold it.
+        expands_quantised: whether long prompts are worth memory to expand quantised experts into (LayerSum): where the
+            link is not what they wait for.
     """
 
     can_be_captured = False
+    expands_quantised = False
 
     def __init__(self, model: Model, store: ExpertStore) -> None:
         self.model = model
@@ -96,7 +99,8 @@ class Policy(ABC):
             [
                 ExpertSum(h, routing, config.num_experts, config.moe_intermediate_size, self._format)
                 for h, routing in zip(inputs, routings, strict=True)
-            ]
+            ],
+            self.expands_quantised,
         )
 
 

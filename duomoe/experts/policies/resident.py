@@ -15,10 +15,11 @@ class Resident(Policy):
     """Computes straight from the store, which is on the compute device: its rows are the slots."""
 
     can_be_captured = True
+    expands_quantised = True
 
     def __init__(self, model: Model, store: ExpertStore) -> None:
         super().__init__(model, store)
-        self.weights = [store.format.views(rows) for rows in store.layers]
+        self.weights = [each.views(rows) for each, rows in zip(store.formats, store.layers, strict=True)]
         self.slots = torch.arange(store.num_experts, dtype=torch.int32, device=model.device)
         self.used = torch.zeros((), dtype=torch.int64, device=model.device)
 
@@ -30,7 +31,7 @@ class Resident(Policy):
             seen.index_fill_(0, routing.experts.flatten().long(), 1)  # padding, -1, goes to the last place
         self.used += seen[:-1].sum()
         total = self.layer_sum(inputs, routings)
-        total.wave(self.weights[index], self.slots)
+        total.wave(self.weights[index], self.slots, len(self.slots))
         return total.totals()
 
     def traffic_so_far(self) -> Traffic:
