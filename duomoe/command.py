@@ -39,8 +39,8 @@ def add_running_options(p: argparse.ArgumentParser) -> None:
     add(
         "--expert-dtype",
         default="auto",
-        help="of the experts: auto (as stored), plain (as --dtype), bf16-packed (bfloat16 in 12 bits until in a slot, "
-        "lossless), fp8 or int4, quantised while loading (default: %(default)s)",
+        help="of the experts: plain (as --dtype), bf16-packed (bfloat16 in 12 bits, lossless), fp8 or int4, quantised "
+        "while loading; auto is what is stored, but bf16-packed for bfloat16 on a GPU (default: %(default)s)",
     )
     add("--policy", default="auto", help="auto, resident, duo, lru or a baseline (default: %(default)s)")
     add(

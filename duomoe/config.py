@@ -21,7 +21,7 @@ class EngineConfig:
 
     device: str = "auto"  # auto (cuda where there is one), cpu, cuda
     dtype: str = "auto"  # auto (the checkpoint's), float32, bfloat16, float16
-    expert_dtype: str = "auto"  # auto (as stored), plain (the dtype), bf16-packed, or fp8, int4 (quantised on loading)
+    expert_dtype: str = "auto"  # auto (see --help), plain (the dtype), bf16-packed, or fp8, int4 (quantised on loading)
     policy: str = "auto"  # auto (resident where all experts fit, else duo), or a policy's name
     gpu_memory: str | int | None = None  # in all: bytes or "8GiB"; None: 90 % of what is free, on a CPU no limit
     expert_memory: str | int | None = None  # of expert slots: bytes, "2GiB" or a share, "15%"; None: what is left
@@ -136,7 +136,7 @@ class EngineConfig:
             predictor_bytes=self.predictor_bytes(folder, dtype),
             graphs=self.graph and device.type == "cuda",
         )
-        expert_format = folder.expert_format(self.expert_dtype, dtype)
+        expert_format = folder.expert_format(self.expert_dtype, dtype, device.type)
         dequantised = folder.dequantised_bytes(dtype)
         return make_plan(folder.architecture, folder.config, dtype, expert_format, dequantised, limits)
 

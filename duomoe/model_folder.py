@@ -48,12 +48,14 @@ class ModelFolder:
         self.stored = StoredMatrices(self.checkpoint, self.config.quantization)
         self.stored.check(expected_tensors(self.architecture, self.config))
 
-    def expert_format(self, expert_dtype: str, dtype: torch.dtype) -> ExpertFormat:
+    def expert_format(self, expert_dtype: str, dtype: torch.dtype, device: str) -> ExpertFormat:
         """Return what an expert's row is to look like.
 
         Args:
-            expert_dtype: one of EXPERT_DTYPES; 'auto' is what the checkpoint stores.
+            expert_dtype: one of EXPERT_DTYPES; 'auto' is what the checkpoint stores, but for a GPU 'bf16-packed' where
+                that is plain bfloat16.
             dtype: of activations, and of plain experts.
+            device: "cpu" or "cuda".
 
         Raises:
             InputError: for 'auto', when the checkpoint does not store all experts alike; for 'bf16-packed', when they
@@ -62,6 +64,8 @@ class ModelFolder:
         forms = {("plain", dtype)}
         if self.config.quantization is not None:
             forms = {self.stored.form(*tensor) for tensor in expert_tensors(self.architecture, self.config)} or forms
+        size = self.config.hidden_size, self.config.moe_intermediate_size
+        plain, packed = plain_format(*size, dtype), packed_format(*size)
         if expert_dtype == "auto":
             if len(forms) > 1:
                 raise InputError(
@@ -69,9 +73,11 @@ class ModelFolder:
                     f"--expert-dtype plain, fp8 or int4"
                 )
             ((expert_dtype, _),) = forms
-        size = self.config.hidden_size, self.config.moe_intermediate_size
+            smaller = packed.row_bytes < plain.row_bytes
+            if expert_dtype == "plain" and device == "cuda" and dtype == torch.bfloat16 and smaller:
+                return packed
         if expert_dtype == "plain":
-            return plain_format(*size, dtype)
+            return plain
         if expert_dtype == "bf16-packed":
             if dtype != torch.bfloat16:
                 raise InputError(f"--expert-dtype bf16-packed packs bfloat16, not {dtype}; add --dtype bfloat16")
@@ -80,7 +86,6 @@ class ModelFolder:
                     f"{self.checkpoint.path}: its experts are stored quantised, smaller than bf16-packed; leave "
                     f"--expert-dtype out"
                 )
-            packed, plain = packed_format(*size), plain_format(*size, dtype)
             if packed.row_bytes >= plain.row_bytes:
                 raise InputError(
                     f"--expert-dtype bf16-packed: experts of this size take {packed.row_bytes} bytes, and as they are "

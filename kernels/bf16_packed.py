@@ -145,8 +145,7 @@ def unpacked(
     three, four = _pair(high, codes >> 8, above), _pair(high >> 8, codes >> 12, above)
     every = tl.reshape(tl.join(tl.join(one, three), tl.join(two, four)), (ROWS, GROUPS, 4))
     at = patches[:, :, None] + (low * 4)[:, :, None] + tl.arange(0, 4)[None, None, :]
-    # Volatile, or else the compiler would read ahead of the mask.
-    every = tl.load(at, mask=(codes == 0)[:, :, None], other=every, volatile=True)
+    every = tl.load(at, mask=(codes == 0)[:, :, None], other=every)
     return tl.reshape(every, (ROWS, GROUPS * 4))
 
 

@@ -83,7 +83,7 @@ def dequantise(w: Tensor, scales: Tensor | None, zeros: Tensor | None, inner: in
         return w.float()
     if is_packed(scales):
         assert zeros is not None
-        parts = zip(*(item.chunk(matrices) for item in (w, scales, zeros)), strict=True)
+        parts = zip(w.chunk(matrices), scales.chunk(matrices), zeros.chunk(matrices), strict=True)
         return torch.cat([unpack_bf16(*part, inner) for part in parts]).float()
     rows = len(w) // matrices
     if zeros is None:

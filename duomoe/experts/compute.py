@@ -122,9 +122,8 @@ class LayerSum:
 
     def __init__(self, sums: list[ExpertSum], expands_quantised: bool = False) -> None:
         self.sums = sums
-        self.with_few, self.with_many = [], []
-        for chunk in sums:
-            (self.with_few if chunk.few_tokens else self.with_many).append(chunk)
+        self.with_few = [chunk for chunk in sums if chunk.few_tokens]
+        self.with_many = [chunk for chunk in sums if not chunk.few_tokens]
         pairs = sum(chunk.routing.experts.numel() for chunk in self.with_many)
         long = any(pairs >= EXPANDED_PAIRS * chunk.num_experts and not chunk.fp8 for chunk in self.with_many)
         self.expands_quantised = expands_quantised and long

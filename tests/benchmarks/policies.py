@@ -161,7 +161,7 @@ class Bench:
         self.layer_time = warm.tpot / len(config.moe_layers)
         self.slots = 0
         self.bounded: dict[str, LLM] = {}
-        self.formats = {"": "auto"} | ({", packed": "bf16-packed"} if args.packed else {})
+        self.formats = {"": "plain"} | ({", packed": "bf16-packed"} if args.packed else {})
 
     def prepare(self, slots: int) -> None:
         """Have an engine with that many slots for every policy."""

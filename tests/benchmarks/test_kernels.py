@@ -210,7 +210,7 @@ def inputs(x: Tensor, form: str) -> tuple[Tensor, Tensor | None]:
 def multiply(
     shape: Shape, form: str, stacked: int, of: Pool, slots: Tensor, product: Callable[[Tensor, Tensor, list[Any]], None]
 ) -> Callable[[], None]:
-    """A call of a product, with weights, slots and what goes with the weights; with plain ones where these are expanded."""
+    """A call of a product with weights, slots and what goes with the weights; plain ones where it expands them."""
     w, *also = of
     if not form.endswith(" expanded"):
         return lambda: product(w, slots, also)

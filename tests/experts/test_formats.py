@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+from compressed_tensors.entrypoints.convert.converters import AutoAWQConverter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -115,6 +117,32 @@ def test_fp8_values_are_those_of_transformers() -> None:
     stored, values = fp8(0, 256, 384, torch.float32)
     theirs = Fp8Dequantize(SimpleNamespace())._dequantize_one(stored["weight"], stored["weight_scale_inv"])
     assert torch.equal(values, theirs)
+
+
+def values_of_compressed_tensors(stored: dict[str, Tensor], outer: int, inner: int) -> Tensor:
+    """What a matrix in that library's layout is worth."""
+    q = unpack_from_int32(stored["x.weight_packed"], 4, torch.Size((outer, inner)))
+    zero = unpack_from_int32(stored["x.weight_zero_point"], 4, torch.Size((outer, -(-inner // 64))), packed_dim=0)
+    scale = stored["x.weight_scale"]
+    zero, scale = (each.float().repeat_interleave(64, 1)[:, :inner] for each in (zero, scale))
+    return (q.float() - zero) * scale
+
+
+def test_awq_values_are_those_of_compressed_tensors() -> None:
+    stored, values = awq(0, 72, 200)
+    theirs = AutoAWQConverter(group_size=64).process({f"x.{name}": tensor for name, tensor in stored.items()})
+    assert torch.equal(values, values_of_compressed_tensors(theirs, 72, 200))
+
+
+def test_gptq_values_are_those_of_compressed_tensors() -> None:
+    """Whose layout is that of GPTQ, transposed, but for zero points less one."""
+    stored, values = gptq(0, 72, 200, less=0)
+    theirs = {
+        "x.weight_packed": stored["qweight"].T.contiguous(),
+        "x.weight_zero_point": stored["qzeros"].T.contiguous(),
+        "x.weight_scale": stored["scales"].T,
+    }
+    assert torch.equal(values, values_of_compressed_tensors(theirs, 72, 200))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -15,7 +15,7 @@ from duomoe.experts.decode import Decode
 from duomoe.experts.link import HostLink, Pace
 from duomoe.experts.policies import BOUNDED
 from duomoe.memory.plan import Plan
-from duomoe.model_folder import EMBEDDED_MODEL
+from duomoe.model_folder import EMBEDDED_MODEL, ModelFolder
 
 HIDDEN, INTERMEDIATE = 128, 96
 ROW_BYTES = 2 * 3 * HIDDEN * INTERMEDIATE
@@ -227,6 +227,19 @@ def test_layers_that_do_not_pack_are_named_when_asked(tmp_path: Path, capsys: py
     (model / "predictor.safetensors").unlink()
     assert generate.main(args) == 0
     assert "do not pack and stay plain: layer 0, 3" in capsys.readouterr().err
+
+
+def test_a_gpu_gets_bfloat16_packed_where_that_is_smaller(all_pack: Path, tiny: Callable[..., Any]) -> None:
+    folder = ModelFolder(all_pack)
+    for device, dtype, name in (
+        ("cuda", torch.bfloat16, "bf16-packed"),
+        ("cuda", torch.float16, "plain"),
+        ("cpu", torch.bfloat16, "plain"),
+    ):
+        assert folder.expert_format("auto", dtype, device).name == name
+    assert folder.expert_format("plain", torch.bfloat16, "cuda").name == "plain"
+    small = ModelFolder(tiny("qwen3_moe", hidden_size=16, moe_intermediate_size=8, head_dim=8).path)
+    assert small.expert_format("auto", torch.bfloat16, "cuda").name == "plain"
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float16"])

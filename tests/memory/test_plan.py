@@ -396,7 +396,7 @@ def test_what_cuda_reserves_is_bounded(sizes: list[int]) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("compiled", "expert_dtype"), [("off", "auto"), ("on", "auto"), ("off", "bf16-packed")])
+@pytest.mark.parametrize(("compiled", "expert_dtype"), [("off", "plain"), ("on", "auto"), ("off", "bf16-packed")])
 @pytest.mark.parametrize(
     ("family", "memory", "experts", "sizes"),
     [
