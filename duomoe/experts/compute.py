@@ -25,12 +25,22 @@ from duomoe.models.batch import Routing
 # The compute capability, times ten, from which on GPUs multiply in fp8.
 FIRST_FP8 = 89
 
-# From so many pairs an expert on average, a quantised expert is better expanded than decoded in every tile of a product
+# From so many pairs an expert on average, quantised experts are better expanded than decoded in every tile of a product
 # (on an H100: docs/measurements.md).
-EXPANDED_PAIRS = 1024
+EXPANDED_PAIRS = {"int4": 512, "fp8": 1024}
 
 # Experts are expanded so many bytes at a time, but at least one of them.
 EXPANDED_BYTES = 128 << 20
+
+
+def worth_expanding(expert_format: ExpertFormat, pairs: int, num_experts: int) -> bool:
+    """Return whether a pass of so many pairs of tokens and experts is long enough to expand quantised experts for it.
+
+    Those that are multiplied by activations in fp8 never are.
+    """
+    if not expert_format.quantised or expert_format.fp8_activations:
+        return False
+    return pairs >= EXPANDED_PAIRS[expert_format.name] * num_experts
 
 
 def expanded_experts(hidden_size: int, intermediate_size: int, num_experts: int, dtype: torch.dtype) -> int:
@@ -112,21 +122,17 @@ class ExpertSum:
 class LayerSum:
     """The sums of all chunks of a pass, for one layer: a wave is computed for every chunk while its experts are there.
 
-    Packed experts are expanded for chunks of many tokens, some at a time; their values are the same. So are quantised
-    ones where a pass is long enough, and nothing slower than the computation.
+    Packed experts are expanded for chunks of many tokens, some at a time; their values are the same.
 
     Args:
         sums: of the chunks, in order.
-        expands_quantised: whether there is memory to expand quantised experts into.
+        expands_quantised: do so with quantised experts, too.
     """
 
     def __init__(self, sums: list[ExpertSum], expands_quantised: bool = False) -> None:
-        self.sums = sums
+        self.sums, self.expands_quantised = sums, expands_quantised
         self.with_few = [chunk for chunk in sums if chunk.few_tokens]
         self.with_many = [chunk for chunk in sums if not chunk.few_tokens]
-        pairs = sum(chunk.routing.experts.numel() for chunk in self.with_many)
-        long = any(pairs >= EXPANDED_PAIRS * chunk.num_experts and not chunk.fp8 for chunk in self.with_many)
-        self.expands_quantised = expands_quantised and long
 
     def wave(self, weights: Mapping[str, Tensor], slots: Tensor, count: int) -> None:
         """Compute the pairs whose experts are resident.

@@ -14,7 +14,7 @@ from fractions import Fraction
 import torch
 
 from duomoe.errors import InputError
-from duomoe.experts.compute import EXPANDED_PAIRS, expanded_experts
+from duomoe.experts.compute import expanded_experts, worth_expanding
 from duomoe.experts.format import ExpertFormat, plain_format
 from duomoe.experts.policies import BOUNDED, PREDICTED, STREAMING
 from duomoe.experts.prefill import SMALLEST_RING, ring_slots
@@ -262,8 +262,8 @@ class Plan:
     def _expanded_bytes(self) -> int:
         """Return what experts that are expanded take (LayerSum)."""
         model, form, n = self.model, self.expert_format, self.pass_tokens
-        long = self.policy == "resident" and n * model.top_k >= EXPANDED_PAIRS * model.num_experts
-        if not (form.packed and not self._all_few(n)) and not (form.quantised and long and not form.fp8_activations):
+        long = self.policy == "resident" and worth_expanding(form, n * model.top_k, model.num_experts)
+        if not long and not (form.packed and not self._all_few(n)):
             return 0
         size = model.hidden_size, model.moe_intermediate_size
         return expanded_experts(*size, model.num_experts, self.dtype) * 3 * math.prod(size) * self.dtype.itemsize

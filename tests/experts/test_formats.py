@@ -17,7 +17,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from duomoe import InputError
 from duomoe.checkpoint import Checkpoint
-from duomoe.experts.compute import ExpertSum, LayerSum
+from duomoe.experts.compute import ExpertSum, LayerSum, worth_expanding
 from duomoe.experts.format import ALIGNMENT, ExpertFormat, fp8_format, int4_format, packed_format, plain_format
 from duomoe.experts.matrix import DoesNotPack, PlainMatrix, to_fp8, to_int4
 from duomoe.experts.stored import StoredMatrices, fill_layer
@@ -291,7 +291,6 @@ def test_expanded_experts_give_the_same_sum(
         chosen = torch.rand(tokens, 5, generator=random).argsort(1)[:, :2].int()
         routing = Routing(experts=chosen, weights=torch.rand(tokens, 2, generator=random))
         chunks.append((torch.randn(tokens, 200, generator=random).to(dtype), routing))
-    monkeypatch.setattr("duomoe.experts.compute.EXPANDED_PAIRS", 20)
     monkeypatch.setattr("duomoe.experts.compute.EXPANDED_BYTES", 2 * plain.row_bytes)
     expanded = []
     monkeypatch.setattr("duomoe.experts.compute.expand", lambda *args: expanded.append(args[5]) or expand(*args))
@@ -362,3 +361,11 @@ def test_weights_that_cannot_be_quantised(format_of: Callable[..., ExpertFormat]
     layer = Layer(tmp_path, plain, 64, 24)
     layer.tensors["experts.1.down_proj.weight"][3, 5] = value
     broken(layer, None, format_of(64, 24), "experts.1.down_proj.weight", "NaN")
+
+
+def test_quantised_experts_are_expanded_for_long_passes_only() -> None:
+    int4, fp8 = int4_format(64, 32, 64, torch.float16), fp8_format(64, 32)
+    assert [worth_expanding(int4, pairs, 8) for pairs in (512 * 8 - 1, 512 * 8)] == [False, True]
+    assert [worth_expanding(fp8, pairs, 8) for pairs in (1024 * 8 - 1, 1024 * 8)] == [False, True]
+    assert not worth_expanding(fp8_format(64, 32, fp8_activations=True), 1 << 20, 8)
+    assert not worth_expanding(plain_format(64, 32, torch.bfloat16), 1 << 20, 8)

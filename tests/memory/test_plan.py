@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from duomoe import LLM, EngineConfig, InputError, SamplingParams
 from duomoe.engine import engine
+from duomoe.experts.compute import EXPANDED_PAIRS
 from duomoe.experts.format import plain_format
 from duomoe.experts.policies import BOUNDED
 from duomoe.experts.policies.lru import Lru
@@ -298,8 +299,7 @@ def test_expanded_experts_have_room_in_the_workspace(
     prompt_of: Callable[..., list[int]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for module in ("experts.compute", "memory.plan"):
-        monkeypatch.setattr(f"duomoe.{module}.EXPANDED_PAIRS", 16)
+    monkeypatch.setitem(EXPANDED_PAIRS, "int4", 16)
     monkeypatch.setattr("duomoe.experts.compute.EXPANDED_BYTES", 400_000)
     expanded: list[int] = []
     monkeypatch.setattr("duomoe.experts.compute.expand", lambda *args: expanded.append(args[6].nbytes) or expand(*args))

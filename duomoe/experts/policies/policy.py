@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from duomoe.experts.compute import ExpertSum, LayerSum
+from duomoe.experts.compute import ExpertSum, LayerSum, worth_expanding
 from duomoe.experts.link import Traffic
 from duomoe.experts.store import ExpertStore
 from duomoe.models import Batch, LayerKV, Model, Routing
@@ -24,8 +24,8 @@ class Policy(ABC):
 
     Attributes:
         can_be_captured: whether a decode step never waits for the host, so that a CUDA graph can hold it.
-        expands_quantised: whether long prompts are worth memory to expand quantised experts into (LayerSum): where the
-            link is not what they wait for.
+        expands_quantised: whether long passes get memory to expand quantised experts into: where the link is not what
+            they wait for.
     """
 
     can_be_captured = False
@@ -95,13 +95,12 @@ class Policy(ABC):
     def layer_sum(self, inputs: list[Tensor], routings: list[Routing]) -> LayerSum:
         """Begin a layer's sums."""
         config = self.model.config
-        return LayerSum(
-            [
-                ExpertSum(h, routing, config.num_experts, config.moe_intermediate_size, self._format)
-                for h, routing in zip(inputs, routings, strict=True)
-            ],
-            self.expands_quantised,
-        )
+        sums = [
+            ExpertSum(h, routing, config.num_experts, config.moe_intermediate_size, self._format)
+            for h, routing in zip(inputs, routings, strict=True)
+        ]
+        pairs = sum(routing.experts.numel() for routing in routings)
+        return LayerSum(sums, self.expands_quantised and worth_expanding(self._format, pairs, config.num_experts))
 
 
 def joined(routings: Sequence[Routing]) -> Routing:
