@@ -9,7 +9,7 @@ import torch
 
 from duomoe.errors import InputError
 from duomoe.experts.link import Pace
-from duomoe.memory.plan import DEFAULT_SHARE, Limits, Plan, device_memory, host_memory, make_plan
+from duomoe.memory.plan import DEFAULT_SHARE, Limits, Plan, check_host, device_memory, host_memory, make_plan
 from duomoe.model_folder import EXPERT_DTYPES, ModelFolder
 from duomoe.models.config import DTYPES, ModelConfig
 from duomoe.sizes import format_size, parse_size, parse_size_or_share, parse_time
@@ -138,7 +138,9 @@ class EngineConfig:
         )
         expert_format = folder.expert_format(self.expert_dtype, dtype, device.type)
         dequantised = folder.dequantised_bytes(dtype)
-        return make_plan(folder.architecture, folder.config, dtype, expert_format, dequantised, limits)
+        plan = make_plan(folder.architecture, folder.config, dtype, expert_format, dequantised, limits)
+        check_host(plan)
+        return plan
 
 
 def _choose(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -161,7 +161,8 @@ class LayerSum:
         """Yield plain weights of some of a wave's experts, with their places there, until all have had their turn."""
         chunk = self.with_many[0]
         h, hidden, intermediate = chunk.h, chunk.h.shape[1], chunk.intermediate_size
-        at_a_time = min(count, expanded_experts(hidden, intermediate, chunk.num_experts, h.dtype))
+        # Of the same size for every wave, so that the allocator has it at hand.
+        at_a_time = expanded_experts(hidden, intermediate, chunk.num_experts, h.dtype)
         plain = {
             "gate_up": h.new_empty(at_a_time, 2 * intermediate, hidden),
             "down": h.new_empty(at_a_time, hidden, intermediate),

@@ -421,7 +421,6 @@ def make_plan(
     pages = _largest(plan.num_pages, full, lambda pages: enough(replace(plan, num_pages=pages)))
     plan = replace(plan, num_pages=pages)
     plan = with_slots(plan, _largest(fewest, most, lambda slots: with_slots(plan, slots).total <= budget))
-    _check_host(plan, limits)
     return plan
 
 
@@ -501,17 +500,19 @@ def _too_little(least: Plan, limits: Limits) -> str:
     )
 
 
-def _check_host(plan: Plan, limits: Limits) -> None:
-    """Refuse what the host's memory cannot hold, even if nothing else were in it."""
+def check_host(plan: Plan) -> None:
+    """Refuse what the host's memory cannot hold, even if nothing else were in it.
+
+    Raises:
+        InputError: with what is needed.
+    """
     parts = [("all experts", plan.store_bytes)]
     if plan.device == "cpu":
         parts += [("weights", plan.weights_bytes), ("expert slots", plan.slot_bytes), ("KV pages", plan.kv_bytes)]
-    needed = sum(size for _, size in parts)
-    if needed > limits.host_memory:
+    needed, there = sum(size for _, size in parts), plan.limits.host_memory
+    if needed > there:
         named = " + ".join(f"{name} {format_size(size)}" for name, size in parts if size)
-        raise InputError(
-            f"the host has {format_size(limits.host_memory)} of memory, but {format_size(needed)} are needed: {named}"
-        )
+        raise InputError(f"the host has {format_size(there)} of memory, but {format_size(needed)} are needed: {named}")
 
 
 def _weights(architecture: Architecture, model: ModelConfig) -> list[int]:

@@ -21,12 +21,12 @@ from torch.utils._pytree import tree_leaves
 from duomoe import LLM, EngineConfig, InputError, SamplingParams
 from duomoe.engine import engine
 from duomoe.experts.compute import EXPANDED_PAIRS
-from duomoe.experts.format import plain_format
+from duomoe.experts.format import packed_format, plain_format
 from duomoe.experts.policies import BOUNDED
 from duomoe.experts.policies.lru import Lru
 from duomoe.kernels import expand
 from duomoe.memory.kv_cache import PAGE_SIZE
-from duomoe.memory.plan import CHUNK_TOKENS, MIB, Limits, Plan, cuda_reserved, make_plan
+from duomoe.memory.plan import CHUNK_TOKENS, MIB, Limits, Plan, check_host, cuda_reserved, make_plan
 from duomoe.models import Architecture, ModelConfig, Routing, architecture_of
 from duomoe.models.model import expected_tensors
 
@@ -46,12 +46,10 @@ def limits_of(**changes: Any) -> Limits:
 def plan_of(raw: dict[str, Any], **changes: Any) -> Plan:
     architecture = architecture_of(raw)
     model = architecture.parse(raw)
-    return planned(architecture, model, model.dtype, limits_of(**changes))
-
-
-def planned(architecture: Architecture, model: ModelConfig, dtype: torch.dtype, limits: Limits) -> Plan:
-    plain = plain_format(model.hidden_size, model.moe_intermediate_size, dtype)
-    return make_plan(architecture, model, dtype, plain, 0, limits)
+    plain = plain_format(model.hidden_size, model.moe_intermediate_size, model.dtype)
+    plan = make_plan(architecture, model, model.dtype, plain, 0, limits_of(**changes))
+    check_host(plan)
+    return plan
 
 
 @st.composite
@@ -82,10 +80,12 @@ def models(draw: st.DrawFn) -> tuple[Architecture, ModelConfig]:
     experts=st.one_of(st.none(), st.fractions(Fraction(1, 1000), 1), st.floats(0, 34).map(lambda power: int(2**power))),
     length=st.one_of(st.none(), st.integers(1, 60000)),
     batch=st.integers(1, 40),
+    packed=st.booleans(),
 )
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=500, deadline=None)
 def test_any_model_and_any_limits(
     found: tuple[Architecture, ModelConfig],
+    packed: bool,
     device: str,
     policy: str,
     memory: int | None,
@@ -98,8 +98,13 @@ def test_any_model_and_any_limits(
         device=device, policy=policy, memory=memory, experts=experts, max_model_len=length, max_batch=batch
     )
 
+    size = model.hidden_size, model.moe_intermediate_size
+    plain, smaller = plain_format(*size, torch.bfloat16), packed_format(*size)
+    packed &= smaller.row_bytes < plain.row_bytes
+
     def plan_in(memory: int | None) -> Plan:
-        return planned(architecture, model, torch.bfloat16, replace(asked, memory=memory))
+        limits = replace(asked, memory=memory)
+        return make_plan(architecture, model, torch.bfloat16, smaller if packed else plain, 0, limits)
 
     try:
         plan = plan_in(memory)
@@ -123,7 +128,13 @@ def test_any_model_and_any_limits(
     if length is not None:
         assert plan.max_model_len == min(length, model.max_position)
     assert min(1, everything) <= plan.num_slots <= everything
-    assert (plan.policy == "resident") == (policy == "resident" or (policy == "auto" and plan.num_slots == everything))
+    assert plan.row_bytes == (smaller if packed and plan.policy != "resident" else plain).row_bytes
+    if policy != "auto" or not packed or plan.num_slots < everything:
+        all_stay = policy == "resident" or (policy == "auto" and plan.num_slots == everything)
+        assert (plan.policy == "resident") == all_stay
+    elif plan.policy != "resident":  # where plain ones would have been too large
+        resident = replace(plan, policy="resident", expert_format=plain)
+        assert experts is not None or (plan.budget is not None and resident.total > plan.budget)
     if isinstance(experts, Fraction):
         assert plan.num_slots <= experts * everything
     elif experts is not None:
@@ -140,7 +151,8 @@ def test_any_model_and_any_limits(
 def test_weights_are_all_tensors_that_are_no_experts(found: tuple[Architecture, ModelConfig]) -> None:
     architecture, model = found
     others = [shape for name, shape in expected_tensors(architecture, model) if ".experts." not in name]
-    plan = planned(architecture, model, torch.bfloat16, limits_of())
+    plain = plain_format(model.hidden_size, model.moe_intermediate_size, torch.bfloat16)
+    plan = make_plan(architecture, model, torch.bfloat16, plain, 0, limits_of())
     assert plan.weights_bytes == 2 * sum(math.prod(shape) for shape in others)
 
 
