@@ -4,6 +4,7 @@ import itertools
 import os
 import secrets
 import threading
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -79,6 +80,9 @@ class LLM:
 
     Raises:
         InputError: when the folder cannot be used, or the options cannot be met.
+
+    Warns:
+        RuntimeWarning: when there are fewer slots than planned, because layers do not pack.
     """
 
     def __init__(
@@ -135,10 +139,18 @@ class LLM:
         # Those that were to be packed and do not pack.
         self.unpacked_layers = [layer for layer, each in formats if each is not store.format]
         if self.unpacked_layers:
-            # One slot has room for a row of any layer, so there are as many as if none packed.
+            # A slot has room for a row of any layer, so there are as many slots as if none packed.
             row = replace(store.format, row_bytes=max(each.row_bytes for each in store.formats))
-            limits = replace(plan.limits, policy=plan.policy)
-            self.plan = plan = make_plan(folder.architecture, self.config, plan.dtype, row, plan.dequantised, limits)
+            limits, planned = replace(plan.limits, policy=plan.policy), plan.num_slots
+            plan = make_plan(folder.architecture, self.config, plan.dtype, row, plan.dequantised, limits)
+            self.plan = plan = replace(plan, stored=store.num_bytes)
+            if plan.num_slots < planned:
+                warnings.warn(
+                    f"experts of layer {', '.join(map(str, self.unpacked_layers))} do not pack and stay plain; slots "
+                    f"have room for them, so there are {plan.num_slots} instead of {planned}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
         else:
             assert store.num_bytes == plan.num_experts * plan.row_bytes, "the store is not as planned"
         model.share_equal_head()
@@ -147,7 +159,7 @@ class LLM:
 
         self.policy: Policy
         if resident:
-            self.policy = Resident(model, store)
+            self.policy = Resident(model, store, plan.expands_quantised)
         else:
             link = open_link(device, self.engine_config.pace())
             predictor = self._predictor(folder, model) if plan.policy in PREDICTED else None

@@ -28,7 +28,12 @@ CODE_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
 MOST_CODE = 15
 # There is room for so many patches, and one more for so many values.
 FEWEST_PATCHES = 16
-VALUES_PER_PATCH = 2048
+VALUES_PER_PATCH = 1024
+
+# The same for kernels.
+_PADDING, _FEWEST_PATCHES, _VALUES_PER_PATCH = (
+    tl.constexpr(each) for each in (PADDING, FEWEST_PATCHES, VALUES_PER_PATCH)
+)
 
 # Outputs are packed so many values at a time: what is held besides fits into a core's cache.
 SLICE = 1 << 17
@@ -103,13 +108,13 @@ def unpack_bf16(weights: Tensor, bases: Tensor, patches: Tensor, inner: int) -> 
 @triton.jit
 def weight_words(inner: tl.tensor) -> tl.tensor:
     """Return `weight_bytes` in words of 4 bytes."""
-    return tl.cdiv(inner, 32) * 12
+    return tl.cdiv(inner, _PADDING) * (_PADDING // 8 * 3)
 
 
 @triton.jit
 def patch_words(outer: tl.tensor, inner: tl.tensor) -> tl.tensor:
     """Return the size of a matrix's patches in words of 4 bytes, int64."""
-    return (16 + tl.cast(outer, tl.int64) * inner // 2048) * 4
+    return (_FEWEST_PATCHES + tl.cast(outer, tl.int64) * inner // _VALUES_PER_PATCH) * 4
 
 
 @triton.jit
@@ -136,7 +141,7 @@ def unpacked(
         GROUPS: how many groups of each.
     """
     two, eight = (2 * first + tl.arange(0, 2 * GROUPS))[None, :], (first + tl.arange(0, GROUPS))[None, :]
-    bytes_at_end = tl.cdiv(inner, 32) * 8
+    bytes_at_end = tl.cdiv(inner, _PADDING) * (_PADDING // 4)
     bytes_ = tl.load(weights + two, mask=two < bytes_at_end, other=0)
     codes = tl.load(weights + bytes_at_end + eight, mask=2 * eight < bytes_at_end, other=0x11111111)
     low, high = tl.split(tl.reshape(bytes_, (ROWS, GROUPS, 2)))

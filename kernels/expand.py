@@ -85,7 +85,7 @@ def _(
     return None
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("first", "num_experts"))
 def _expand_kernel(
     w: tl.tensor,
     scales: tl.tensor,

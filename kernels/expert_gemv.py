@@ -108,12 +108,12 @@ def experts_gate_up_gemv(
     Args:
         x: [tokens, hidden].
         w_gate_up: [num_slots, 2 * intermediate, hidden], the gate rows first; a strided view into the slot pool. Plain
-            or quantised (quantised.py), and so is every matrix here.
+            packed or quantised (quantised.py), and so is every matrix here.
         slots: [experts] int32, the slot of each expert, -1 for those not in this wave.
         experts: [tokens, top_k] int32, the experts chosen; -1 is padding.
         out: [splits, tokens * top_k, 2 * intermediate] float32, written for the resident pairs.
-        scales: of quantised weights, [num_slots, …], a view into the pool; None for plain ones.
-        zeros: of int4 weights, likewise.
+        scales: of quantised weights, [num_slots, …], a view into the pool; the bases of packed ones; None for plain.
+        zeros: of int4 weights, likewise; the patches of packed ones.
     """
     experts_gate_up_gemv_reference(x, w_gate_up, slots, experts, out, scales, zeros)
 
@@ -553,6 +553,10 @@ def configurations(dtype: torch.dtype, capability: int) -> list[Configuration]:
         weights = pointers["w"] if form["FORMAT"] in ("plain", "packed") else "*u32:16"
         gate_up = types | quantised | {"x": f"*{TRITON_TYPE[dtype]}:16", "w_gate_up": weights}
         down = types | quantised | {"gate_up": "*fp32:16", "w_down": weights, "weights": "*fp32:16"}
+        if form["FORMAT"] == "fp8":  # with rows that are not whole words
+            byte_by_byte = _options(form, 2, 2050, PART_UNIT) | {"TOP_K": 8}
+            bytes_ = gate_up | {"w_gate_up": "*u8", "inner": "i32"}
+            found.append(Configuration(_gate_up_gemv_kernel, bytes_, byte_by_byte))
         for part in (PART_UNIT, 4 * PART_UNIT):
             options = _options(form, 2, 2048, part) | {"TOP_K": 8}
             found.append(Configuration(_gate_up_gemv_kernel, gate_up, options, wide_loads=True))

@@ -26,6 +26,7 @@ from duomoe.kernels.quantised import (
     decoded,
     example_forms,
     expert_values,
+    is_packed,
     kernel_form,
     pools,
     row_length,
@@ -47,6 +48,7 @@ def experts_gate_up_reference(
     x_scales: Tensor | None = None,
 ) -> None:
     """Compute `experts_gate_up` in float32 with plain PyTorch, expert by expert."""
+    assert not is_packed(scales), "packed experts are expanded first"
     values = dequantise_activations(x, x_scales)
     starts = offsets.tolist()  # host-sync ok: the reference runs on the CPU
     for expert, slot in enumerate(slots.tolist()):  # host-sync ok: the reference runs on the CPU
@@ -72,6 +74,7 @@ def experts_down_reference(
     h_scales: Tensor | None = None,
 ) -> None:
     """Compute `experts_down` in float32 with plain PyTorch, expert by expert."""
+    assert not is_packed(scales), "packed experts are expanded first"
     values = dequantise_activations(h, h_scales)
     starts = offsets.tolist()  # host-sync ok: the reference runs on the CPU
     for expert, slot in enumerate(slots.tolist()):  # host-sync ok: the reference runs on the CPU
@@ -106,7 +109,7 @@ def experts_gate_up(
     Args:
         x: [tokens, hidden], float8_e4m3fn where it has `x_scales`.
         w_gate_up: [num_slots, 2 * intermediate, hidden], the gate rows first; a strided view into the slot pool. Plain
-            or quantised (quantised.py), and so is every matrix here.
+            or quantised (quantised.py), not packed, and so is every matrix here.
         slots: [experts] int32, the slot of each expert, -1 for those not in this wave.
         order: [tokens * top_k] int32, pairs sorted by expert.
         offsets: [experts + 1] int32, where each expert's pairs begin in `order`.
@@ -503,6 +506,7 @@ def experts_gate_up_triton(
     x_scales: Tensor | None = None,
 ) -> None:
     """Launch the kernel of `experts_gate_up`."""
+    assert not is_packed(scales), "packed experts are expanded first"
     pairs, num_experts = len(order), len(slots)
     if pairs == 0:
         return
@@ -531,6 +535,7 @@ def experts_down_triton(
     h_scales: Tensor | None = None,
 ) -> None:
     """Launch the kernel of `experts_down`."""
+    assert not is_packed(scales), "packed experts are expanded first"
     pairs, num_experts = len(order), len(slots)
     if pairs == 0:
         return

@@ -94,6 +94,9 @@ class Plan:
         num_slots: experts that are on the device at once; all of them under `resident`.
         max_model_len: the longest sequence, in tokens.
         num_pages: of the KV cache.
+        expands_quantised: there is memory to expand quantised experts into (LayerSum), under `resident`: elsewhere long
+            passes wait for the link.
+        stored: bytes of the experts' home, where they are known and not all rows are alike.
     """
 
     limits: Limits
@@ -107,6 +110,8 @@ class Plan:
     num_slots: int
     max_model_len: int
     num_pages: int
+    expands_quantised: bool = False
+    stored: int | None = None
 
     @property
     def device(self) -> str:
@@ -207,7 +212,9 @@ class Plan:
     @property
     def store_bytes(self) -> int:
         """Bytes of host memory for the experts' home; none where they live on the device."""
-        return 0 if self.policy == "resident" else self.num_experts * self.row_bytes
+        if self.policy == "resident":
+            return 0
+        return self.num_experts * self.row_bytes if self.stored is None else self.stored
 
     def workspace(self) -> dict[str, int]:
         """Return a bound on what lives for a pass or less, by what it is.
@@ -262,7 +269,7 @@ class Plan:
     def _expanded_bytes(self) -> int:
         """Return what experts that are expanded take (LayerSum)."""
         model, form, n = self.model, self.expert_format, self.pass_tokens
-        long = self.policy == "resident" and worth_expanding(form, n * model.top_k, model.num_experts)
+        long = self.expands_quantised and worth_expanding(form, n * model.top_k, model.num_experts)
         if not long and not (form.packed and not self._all_few(n)):
             return 0
         size = model.hidden_size, model.moe_intermediate_size
@@ -373,8 +380,10 @@ def make_plan(
     if expert_format.packed:
         resident_format = plain_format(model.hidden_size, model.moe_intermediate_size, dtype)
     policy, fewest, most = _slot_range(model, expert_format.row_bytes, resident_format.row_bytes, limits)
-    if policy == "resident":
-        expert_format = resident_format
+
+    def resident(plan: Plan) -> Plan:
+        return replace(plan, policy="resident", expert_format=resident_format)
+
     longest = min(limits.max_model_len or model.max_position, model.max_position)
     shortest = longest if limits.max_model_len else min(longest, SHORTEST_CONTEXT)
     least = Plan(
@@ -390,6 +399,10 @@ def make_plan(
         max_model_len=shortest,
         num_pages=pages_for(shortest),
     )
+    # `auto` may do either where all experts have a slot; what is packed need not fit where it is plain.
+    stays = limits.policy == "auto" and _may_all_stay(limits, least.num_experts * resident_format.row_bytes)
+    if policy == "resident" or (stays and fewest == least.num_experts):
+        least = min([resident(least)] + [least] * (policy != "resident"), key=lambda plan: plan.total)
     budget = least.total + limits.host_memory // 4 if limits.memory is None else limits.memory
     spare = budget - least.total
     if spare < 0:
@@ -398,12 +411,8 @@ def make_plan(
 
     def with_slots(plan: Plan, slots: int) -> Plan:
         plan = replace(plan, num_slots=slots)
-        if limits.policy != "auto" or slots < plan.num_experts:
-            return plan
-        resident = replace(plan, policy="resident", expert_format=resident_format)
-        # Where packed experts all fit, plain ones need not.
-        fits = resident.total <= budget and _may_all_stay(limits, resident.slot_bytes)
-        return resident if fits or not plan.expert_format.packed else plan
+        all_stay = stays and slots == plan.num_experts and resident(plan).total <= budget
+        return resident(plan) if all_stay else plan
 
     def one_sequence(pages: int) -> Plan:
         return replace(least, max_model_len=min(pages * PAGE_SIZE, longest), num_pages=pages)
@@ -421,7 +430,8 @@ def make_plan(
     pages = _largest(plan.num_pages, full, lambda pages: enough(replace(plan, num_pages=pages)))
     plan = replace(plan, num_pages=pages)
     plan = with_slots(plan, _largest(fewest, most, lambda slots: with_slots(plan, slots).total <= budget))
-    return plan
+    expanding = replace(plan, expands_quantised=True)
+    return expanding if plan.policy == "resident" and expanding.total <= budget else plan
 
 
 def _may_all_stay(limits: Limits, size: int) -> bool:
@@ -466,8 +476,9 @@ def _slot_range(model: ModelConfig, row_bytes: int, resident_bytes: int, limits:
         fewest = min(SMALLEST_RING, most)
     else:
         fewest = most = every if limits.policy == "auto" else one_layer
-    resident = limits.policy == "auto" and fewest == every and _may_all_stay(limits, every * resident_bytes)
-    return "resident" if resident else bounded, fewest, most
+    if limits.policy == "auto" and limits.memory is None and fewest == every:
+        bounded = "resident" if _may_all_stay(limits, every * resident_bytes) else bounded
+    return bounded, fewest, most
 
 
 def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int:

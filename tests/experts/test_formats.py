@@ -219,7 +219,7 @@ def test_the_bytes_of_real_experts() -> None:
         plain_bytes = plain_format(hidden, inner, torch.bfloat16).row_bytes
         assert fp8_format(hidden, inner).row_bytes < 0.501 * plain_bytes
         assert int4_format(hidden, inner, 128, torch.float16).row_bytes < 0.263 * plain_bytes
-        assert packed_format(hidden, inner).row_bytes < 0.7555 * plain_bytes
+        assert packed_format(hidden, inner).row_bytes < 0.759 * plain_bytes
 
 
 @pytest.mark.parametrize("tokens", [1, 20])  # GEMV and GEMM
@@ -304,7 +304,8 @@ def test_expanded_experts_give_the_same_sum(
     in_slots = totals(expert_format.views(rows), expert_format, True)
     assert expanded == [0, 0, 2, 2, 0, 0, 2, 2]
     expected = totals(plain.views(plain_rows), plain, False)
-    for found, wanted in zip(in_slots[:2], expected[:2], strict=True):
+    with_many = 3 if case == "plain packed" else 2  # a GEMV does not round quantised values
+    for found, wanted in zip(in_slots[:with_many], expected[:with_many], strict=True):
         assert torch.equal(found, wanted)
     if case != "plain packed":  # which are always expanded
         for found, wanted in zip(in_slots, totals(expert_format.views(rows), expert_format, False), strict=True):

@@ -20,9 +20,11 @@ from duomoe.model_folder import EMBEDDED_MODEL, ModelFolder
 HIDDEN, INTERMEDIATE = 128, 96
 ROW_BYTES = 2 * 3 * HIDDEN * INTERMEDIATE
 # Of gate and up, then of down: 12 bits a value, a byte for each output, and 16 bytes for each patch, of which there may
-# be 16 and one for each 2,048 values of a matrix; each in whole 256 bytes.
-PACKED_BYTES = (192 * 192 + 256 + 768) + (128 * 144 + 256 + 512)
+# be 16 and one for each 1,024 values of a matrix; each in whole 256 bytes.
+PACKED_BYTES = (192 * 192 + 256 + 1024) + (128 * 144 + 256 + 512)
 UNPACKED = 1  # the layer that does not pack
+
+pytestmark = pytest.mark.filterwarnings("ignore:experts of layer 1 do not pack")
 
 EXPERT = "model.layers.{layer}.mlp.experts.{expert}.{name}_proj.weight"
 
@@ -66,11 +68,13 @@ def test_what_packs_is_packed_and_takes_less_of_a_slot(all_pack: Path) -> None:
 
 
 def test_a_layer_that_does_not_pack_stays_plain_and_slots_have_room_for_it(folder: Path) -> None:
-    llm = packed_llm(folder, 5)
+    with pytest.warns(RuntimeWarning, match="layer 1 do not pack and stay plain; .* there are 5 instead of 6$"):
+        llm = packed_llm(folder, 5)
     store = llm.policy.residency.store  # type: ignore[attr-defined]
     assert llm.unpacked_layers == [UNPACKED]
     assert [rows.shape[1] for rows in store.layers] == [PACKED_BYTES, ROW_BYTES, PACKED_BYTES]
     assert llm.memory["expert_store_bytes"] == 8 * (2 * PACKED_BYTES + ROW_BYTES)
+    assert llm.memory["expert_store_bytes"] == llm.plan.store_bytes
     assert llm.plan.num_slots == 5 and llm.memory["expert_slots_bytes"] == 5 * ROW_BYTES
 
 
@@ -80,6 +84,7 @@ def test_slots_that_have_no_room_for_a_plain_layer_are_refused_in_one_line(folde
 
 
 def same_bits(llm: LLM, whole: LLM, prompt_of: Callable[..., list[int]]) -> None:
+    # Three tokens have more pairs than there are experts, so decode steps of the batch expand; one alone does not.
     prompt, batch = prompt_of(50), [prompt_of(length, seed=length) for length in (1, 16, 33)]
     params = SamplingParams(max_new_tokens=8)
     assert torch.equal(llm.logits(prompt), whole.logits(prompt))

@@ -1,13 +1,14 @@
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import DEVICE, DTYPES, expert_layer, few, generator, packed, quantised
+from kernel_cases import DEVICE, DTYPES, ExpertLayer, expert_layer, few, generator, packed, quantised
 from torch import Tensor
 
+from duomoe.kernels import experts_down, experts_down_gemv, experts_gate_up, experts_gate_up_gemv, gemv_splits
 from duomoe.kernels.expand import expand, expand_reference, expand_triton
 from duomoe.kernels.quantised import expert_values
 
@@ -96,3 +97,59 @@ def test_op_keeps_its_promises() -> None:
     out = torch.zeros(2, 16, 64, device=DEVICE)
     table = torch.zeros(5, dtype=torch.int32, device=DEVICE)
     torch.library.opcheck(expand.overload, (w, scales, zeros, 2, slots, 1, out, table))
+
+
+def products(layer: ExpertLayer) -> tuple[Tensor, Tensor]:
+    """What the grouped GEMM makes of a pass."""
+    order, offsets = layer.sorted_pairs()
+    h = torch.full((layer.pairs, layer.intermediate), float("nan"), dtype=layer.x.dtype, device=DEVICE)
+    out = torch.full((layer.pairs, layer.x.shape[1]), float("nan"), dtype=layer.x.dtype, device=DEVICE)
+    top_k = layer.experts.shape[1]
+    experts_gate_up(layer.x, layer.w_gate_up, layer.slots, order, offsets, top_k, h, *layer.gate_up_also)
+    experts_down(h, layer.w_down, layer.slots, order, offsets, layer.weights, out, *layer.down_also)
+    return h, out
+
+
+# Tokens for tiles of every height, with pairs that fill none.
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["fp8", "int4", "int4-64"])
+@pytest.mark.parametrize(
+    ("shape", "tokens"), [((2048, 768, 32, 8), (5, 40, 120, 900)), ((4096, 14336, 4, 2), (9, 300))]
+)
+def test_expanded_experts_give_the_bits_of_decoded_ones(
+    form: str, shape: tuple[int, int, int, int], tokens: tuple[int, ...]
+) -> None:
+    """So that a policy that expands and one that does not give the same results."""
+    for count in tokens:
+        layer = quantised(expert_layer(count, torch.bfloat16, *shape, count), form)
+        plain = replace(layer, gate_up_also=(None, None), down_also=(None, None))
+        table = torch.empty_like(layer.slots)
+        for name, also, inner, stacked in (
+            ("w_gate_up", layer.gate_up_also, shape[0], 2),
+            ("w_down", layer.down_also, shape[1], 1),
+        ):
+            w: Tensor = getattr(layer, name)
+            out = torch.empty(len(table), w.shape[1], inner, dtype=torch.bfloat16, device=DEVICE)
+            expand(w, *also, stacked, layer.slots, 0, out, table)
+            plain = replace(plain, **{name: out}, slots=table)
+        for decoded, expanded in zip(products(layer), products(plain), strict=True):
+            assert torch.equal(decoded, expanded)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(2048, 768, 16, 8), (4096, 14336, 4, 2)])
+def test_packed_experts_give_the_bits_of_plain_ones(shape: tuple[int, int, int, int]) -> None:
+    """In bfloat16, at sizes of real models, with as many splits as they get."""
+    plain = expert_layer(0, torch.bfloat16, *shape, 1)
+    hidden, intermediate, _, top_k = shape
+    up_splits = gemv_splits(hidden, 2 * intermediate, top_k, False)
+    down_splits = gemv_splits(intermediate, hidden, top_k, False)
+    results = []
+    for layer in (plain, packed(plain)):
+        gate_up = torch.full((up_splits, top_k, 2 * intermediate), float("nan"), device=DEVICE)
+        out = torch.full((down_splits, top_k, hidden), float("nan"), device=DEVICE)
+        experts_gate_up_gemv(layer.x, layer.w_gate_up, layer.slots, layer.experts, gate_up, *layer.gate_up_also)
+        given = (gate_up, layer.w_down, layer.slots, layer.experts, layer.weights, out)
+        experts_down_gemv(*given, *layer.down_also)
+        results.append((gate_up, out))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from duomoe import LLM, EngineConfig, InputError, SamplingParams
 from duomoe.engine import engine
 from duomoe.experts.compute import EXPANDED_PAIRS
-from duomoe.experts.format import packed_format, plain_format
+from duomoe.experts.format import int4_format, packed_format, plain_format
 from duomoe.experts.policies import BOUNDED
 from duomoe.experts.policies.lru import Lru
 from duomoe.kernels import expand
@@ -129,12 +129,12 @@ def test_any_model_and_any_limits(
         assert plan.max_model_len == min(length, model.max_position)
     assert min(1, everything) <= plan.num_slots <= everything
     assert plan.row_bytes == (smaller if packed and plan.policy != "resident" else plain).row_bytes
-    if policy != "auto" or not packed or plan.num_slots < everything:
-        all_stay = policy == "resident" or (policy == "auto" and plan.num_slots == everything)
-        assert (plan.policy == "resident") == all_stay
-    elif plan.policy != "resident":  # where plain ones would have been too large
+    if policy != "auto" or plan.num_slots < everything:
+        assert (plan.policy == "resident") == (policy == "resident")
+    elif plan.policy != "resident":  # where that would be too large
         resident = replace(plan, policy="resident", expert_format=plain)
-        assert experts is not None or (plan.budget is not None and resident.total > plan.budget)
+        over_budget = plan.budget is not None and resident.total > plan.budget
+        assert over_budget or (isinstance(experts, int) and resident.slot_bytes > experts)
     if isinstance(experts, Fraction):
         assert plan.num_slots <= experts * everything
     elif experts is not None:
@@ -183,6 +183,36 @@ def test_a_share_of_the_experts() -> None:
         plan = plan_of(QWEN3_30B, experts=Fraction(percent, 100))
         assert plan.num_slots == 6144 * percent // 100
     assert plan_of(QWEN3_30B, experts=Fraction(1)).policy == "resident"
+
+
+def test_where_all_experts_may_stay_the_budget_decides_how() -> None:
+    architecture = architecture_of(QWEN3_30B)
+    model = architecture.parse(QWEN3_30B)
+    packed = packed_format(model.hidden_size, model.moe_intermediate_size)
+    for experts in (None, Fraction(1), 60 << 30):
+        for gib, policy, name in ((48, "duo", "bf16-packed"), (70, "resident", "plain")):
+            limits = limits_of(
+                device="cuda", memory=gib << 30, experts=experts, max_model_len=8192, max_batch=2, graphs=True
+            )
+            plan = make_plan(architecture, model, model.dtype, packed, 0, limits)
+            assert (plan.policy, plan.num_slots, plan.expert_format.name) == (policy, 6144, name)
+
+
+def test_memory_to_expand_quantised_experts_never_costs_a_slot() -> None:
+    architecture = architecture_of(QWEN3_30B)
+    model = architecture.parse(QWEN3_30B)
+    int4 = int4_format(model.hidden_size, model.moe_intermediate_size, 128, torch.float16)
+
+    def plan_in(memory: int) -> Plan:
+        limits = limits_of(device="cuda", memory=memory, max_model_len=16384, max_batch=1)
+        return make_plan(architecture, model, model.dtype, int4, 0, limits)
+
+    roomy = plan_in(40 << 30)
+    assert roomy.policy == "resident" and roomy.expands_quantised
+    assert roomy.workspace()["expanded experts"] == 14 * 3 * 2048 * 768 * 2
+    tight = plan_in(replace(roomy, expands_quantised=False).total)
+    assert tight.policy == "resident" and not tight.expands_quantised
+    assert tight.workspace()["expanded experts"] == 0
 
 
 def test_the_ring_is_that_of_the_prefill(tiny: Callable[..., Any]) -> None:
@@ -412,9 +442,9 @@ def test_what_cuda_reserves_is_bounded(sizes: list[int]) -> None:
 @pytest.mark.parametrize(
     ("family", "memory", "experts", "sizes"),
     [
-        ("mixtral", "160MiB", None, {}),
-        ("qwen2_moe", "160MiB", "30%", {}),
-        ("qwen3_moe", "160MiB", "10%", {}),
+        ("mixtral", "160MiB", None, dict(hidden_size=128, intermediate_size=96)),
+        ("qwen2_moe", "160MiB", "30%", dict(hidden_size=128, moe_intermediate_size=96)),
+        ("qwen3_moe", "160MiB", "10%", dict(hidden_size=128, moe_intermediate_size=96)),
         (
             "qwen3_moe",
             "600MiB",

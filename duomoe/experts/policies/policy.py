@@ -24,8 +24,7 @@ class Policy(ABC):
 
     Attributes:
         can_be_captured: whether a decode step never waits for the host, so that a CUDA graph can hold it.
-        expands_quantised: whether long passes get memory to expand quantised experts into: where the link is not what
-            they wait for.
+        expands_quantised: whether long passes may expand quantised experts (LayerSum).
     """
 
     can_be_captured = False

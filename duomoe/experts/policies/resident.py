@@ -12,13 +12,19 @@ from duomoe.models import Model, Routing
 
 
 class Resident(Policy):
-    """Computes straight from the store, which is on the compute device: its rows are the slots."""
+    """Computes straight from the store, which is on the compute device: its rows are the slots.
+
+    Args:
+        model: the non-expert part.
+        store: all experts.
+        expands_quantised: long passes may expand quantised experts (LayerSum): there is memory for it.
+    """
 
     can_be_captured = True
-    expands_quantised = True
 
-    def __init__(self, model: Model, store: ExpertStore) -> None:
+    def __init__(self, model: Model, store: ExpertStore, expands_quantised: bool) -> None:
         super().__init__(model, store)
+        self.expands_quantised = expands_quantised
         self.weights = [each.views(rows) for each, rows in zip(store.formats, store.layers, strict=True)]
         self.slots = torch.arange(store.num_experts, dtype=torch.int32, device=model.device)
         self.used = torch.zeros((), dtype=torch.int64, device=model.device)
