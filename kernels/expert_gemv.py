@@ -486,7 +486,9 @@ def _options(form: Form, matrices: int, inner: int, part: int) -> Form:
         rows, chunk, warps = (32, 128, 1) if matrices == 1 else (64, 256, 2) if long else (64, 128, 1)
     else:
         rows, chunk, warps = (64, 256, 4) if long else (32, 128, 2) if matrices == 2 else (32, 128, 1)
-    word = 1 if form["FORMAT"] != "int4" and inner % 4 else 4
+    word = 4
+    if form["FORMAT"] != "int4" and inner % 4:
+        word, rows, chunk, warps = 1, 16, 128, 4  # fewer values for each thread, or they are too many for its registers
     return form | {"WORD": word, "BLOCK_N": rows, "CHUNK": chunk, "num_warps": warps}
 
 
