@@ -149,7 +149,7 @@ class LLM:
                     f"experts of layer {', '.join(map(str, self.unpacked_layers))} do not pack and stay plain; slots "
                     f"have room for them, so there are {plan.num_slots} instead of {planned}",
                     RuntimeWarning,
-                    stacklevel=2,
+                    stacklevel=3,
                 )
         else:
             assert store.num_bytes == plan.num_experts * plan.row_bytes, "the store is not as planned"

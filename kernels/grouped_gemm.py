@@ -465,7 +465,7 @@ def _options(
         "BLOCK_K": block_k,
         "BLOCK_E": triton.next_power_of_2(num_experts),
         "GROUP_M": 16,
-        # On Hopper 5 to 25 % faster; but where weights are decoded in the loop, slower.
+        # On Hopper up to 24 % faster; but where weights are decoded in the loop, slower (docs/measurements.md).
         "FLATTEN": capability == 90 and form["FORMAT"] in ("plain", "w8a8"),
         "num_warps": warps,
         "num_stages": min(

@@ -129,7 +129,7 @@ class LayerSum:
         expands_quantised: do so with quantised experts, too.
     """
 
-    def __init__(self, sums: list[ExpertSum], expands_quantised: bool = False) -> None:
+    def __init__(self, sums: list[ExpertSum], expands_quantised: bool) -> None:
         self.sums, self.expands_quantised = sums, expands_quantised
         self.with_few = [chunk for chunk in sums if chunk.few_tokens]
         self.with_many = [chunk for chunk in sums if not chunk.few_tokens]

@@ -430,8 +430,8 @@ def make_plan(
     pages = _largest(plan.num_pages, full, lambda pages: enough(replace(plan, num_pages=pages)))
     plan = replace(plan, num_pages=pages)
     plan = with_slots(plan, _largest(fewest, most, lambda slots: with_slots(plan, slots).total <= budget))
-    expanding = replace(plan, expands_quantised=True)
-    return expanding if plan.policy == "resident" and expanding.total <= budget else plan
+    expanding = replace(plan, expands_quantised=plan.policy == "resident" and expert_format.quantised)
+    return expanding if expanding.total <= budget else plan
 
 
 def _may_all_stay(limits: Limits, size: int) -> bool:

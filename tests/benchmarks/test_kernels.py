@@ -226,6 +226,21 @@ def multiply(
     return call
 
 
+@pytest.mark.parametrize("form", ["packed", "fp8", "int4"])
+@decode_shapes
+def test_expand(benchmark: BenchmarkFixture, shape: Shape, form: str) -> None:
+    """Writing experts out plain, as many as the runtime does at a time; bytes read plus bytes written."""
+    (w, *also), _, slots = matrices(shape, form)
+    count = expanded_experts(shape.hidden, shape.intermediate, shape.num_experts, DTYPE)
+    out = torch.empty(count, 2 * shape.intermediate, shape.hidden, dtype=DTYPE, device=DEVICE)
+    places = torch.empty_like(slots)
+    calls = [
+        lambda first=first: expand(w, *also, 2, slots, first, out, places)
+        for first in range(0, shape.num_experts - count + 1, count)
+    ]
+    measure(benchmark, calls, gigabytes=count * (expert_gigabytes((w, *also)) + out[0].nbytes / 1e9))
+
+
 @gemm_forms
 @prefill_shapes
 def test_gate_up_gemm(benchmark: BenchmarkFixture, shape: Shape, tokens: int, form: str) -> None:

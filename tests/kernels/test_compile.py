@@ -82,7 +82,7 @@ def problems(configuration: Configuration, capability: int) -> list[str]:
         wide = re.findall(r"cp\.async\.cg\.|ld\.global\S*\.v4\.b32", ptx)  # A copy by .cg has 16 bytes.
         plain = options.get("FORMAT", "plain") == "plain"
         size = options["CHUNK"] if "CHUNK" in options else options["BLOCK_N"] * options["BLOCK_K"] * (2 if plain else 1)
-        if len(wide) < size // 16 // (32 * options["num_warps"]) or (plain and "cp.async.ca" in ptx):
+        if len(wide) < max(1, size // 16 // (32 * options["num_warps"])) or (plain and "cp.async.ca" in ptx):
             found.append("does not load its weights 16 bytes at a time")
     return found
 
