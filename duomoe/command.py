@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from duomoe import NO_NUMPY
 from duomoe.errors import InputError
 from duomoe.text_file import read_text
 
@@ -69,7 +70,12 @@ def add_running_options(p: argparse.ArgumentParser) -> None:
     )
     add("--link-bandwidth", metavar="RATE", help="pace the link of a CPU to this, as 25GB/s")
     add("--link-latency", default="0us", metavar="TIME", help="of a copy over a paced link, as 10us")
-    add("--compile", default="auto", help="torch.compile: auto (on for CUDA), on or off (default: %(default)s)")
+    add(
+        "--compile",
+        default="auto",
+        help="torch.compile for the layers around the experts: on or off; auto is off, which starts sooner and is as "
+        "fast (default: %(default)s)",
+    )
     add("--no-graph", dest="graph", action="store_false", help="do not run decode steps as CUDA graphs")
 
 
@@ -86,6 +92,7 @@ def run_command(body: Callable[[], None]) -> int:
     A reader that leaves (a closed pipe) ends the tool silently.
     """
     warnings.showwarning = lambda message, *_: say(f"warning: {message}")
+    warnings.filterwarnings("ignore", NO_NUMPY)
     # Threads that wait should sleep: where the cores are shared, spinning ones make small models many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:

@@ -26,7 +26,7 @@ class EngineConfig:
     gpu_memory: str | int | None = None  # in all: bytes or "8GiB"; None: 90 % of what is free, on a CPU no limit
     expert_memory: str | int | None = None  # of expert slots: bytes, "2GiB" or a share, "15%"; None: what is left
     predictor: str | os.PathLike[str] | None = None  # a file, "gate" or "none"; None: beside the checkpoint, or gate
-    compile: str = "auto"  # torch.compile for the non-expert layers: auto (on for CUDA), on, off
+    compile: str = "auto"  # torch.compile for the non-expert layers: on, off; auto is off, which is as fast
     graph: bool = True  # decode steps as CUDA graphs, on CUDA
     link_bandwidth: str | int | None = None  # pace the CPU's link: bytes per second or a size as "25GB/s"
     link_latency: str | float = 0.0  # of each copy over a paced link: seconds or a time as "10us"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from duomoe.command import Parser, add_running_options, engine_config, progress_is_visible, run_command, say, write
 from duomoe.errors import InputError
+from duomoe.startup import Startup
 from duomoe.text_file import read_text
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--verbose",
         action="store_true",
-        help="show the memory plan, quantisation errors and layers that do not pack, on stderr",
+        help="show the memory plan, quantisation errors, layers that do not pack and how long the parts of starting "
+        "took, on stderr",
     )
     return p
 
@@ -55,9 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> None:
     prompt = _read_prompt(args)
+    startup = Startup(quiet=not progress_is_visible())
     # Torch takes seconds to import: late, so that --help and a mistyped option answer at once.
-    from duomoe.llm import LLM
-    from duomoe.sampling import SamplingParams
+    with startup.part("importing"):
+        from duomoe.llm import LLM
+        from duomoe.sampling import SamplingParams
 
     params = SamplingParams(
         max_new_tokens=args.max_new_tokens,
@@ -68,7 +72,14 @@ def _run(args: argparse.Namespace) -> None:
         stop=tuple(args.stop),
         ignore_eos=args.ignore_eos,
     )
-    llm = LLM(args.model, engine_config(args), quiet=not progress_is_visible())
+    with startup.counting_kernels():
+        llm = LLM(args.model, engine_config(args), startup=startup)
+        llm.prepare(1, params)
+        _generate(llm, prompt, params, args)
+
+
+def _generate(llm: "LLM", prompt: str, params: "SamplingParams", args: argparse.Namespace) -> None:
+    """Write the continuation, and what there is to say of the run."""
     if args.verbose:
         say(llm.plan.table())
         if any(llm.quantisation_errors):
@@ -76,9 +87,11 @@ def _run(args: argparse.Namespace) -> None:
             say("experts' error by quantisation: " + ", ".join(f"layer {n} {100 * error:.2f} %" for n, error in each))
         if llm.unpacked_layers:
             say("experts that do not pack and stay plain: layer " + ", ".join(map(str, llm.unpacked_layers)))
-    completion = _generate(llm, prompt, params, args.chat, show=not args.json)
+    completion = _stream(llm, prompt, params, args.chat, show=not args.json)
     if args.json:
         write(json.dumps(as_json(completion, llm, prompt), ensure_ascii=False) + "\n")
+    if args.verbose:
+        say(llm.startup.line())
     say(_summary(completion, llm))
 
 
@@ -96,6 +109,7 @@ def as_json(completion: "Completion", llm: "LLM", prompt: str) -> dict[str, obje
         "e2e_s": metrics.e2e_s,
         "policy": llm.policy_name,
         "memory": llm.memory,
+        "start": llm.startup.as_dict(),
         "experts": asdict(metrics.experts) | {"prefetch_wasted_bytes": metrics.experts.prefetch_wasted_bytes},
     }
 
@@ -114,7 +128,7 @@ def _read_prompt(args: argparse.Namespace) -> str:
         raise InputError("the prompt is not UTF-8 text") from None
 
 
-def _generate(llm: "LLM", prompt: str, params: "SamplingParams", chat: bool, show: bool) -> "Completion":
+def _stream(llm: "LLM", prompt: str, params: "SamplingParams", chat: bool, show: bool) -> "Completion":
     for chunk in llm.stream(llm.chat_tokens(prompt) if chat else prompt, params):
         if show:
             write(chunk.text + ("\n" if chunk.completion else ""))

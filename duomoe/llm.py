@@ -22,6 +22,7 @@ from duomoe.experts.link import Traffic, open_link
 from duomoe.experts.policies import BOUNDED, PREDICTED, Policy, Resident
 from duomoe.experts.predictor import GatePredictor, Predictor, load_predictor
 from duomoe.experts.store import ExpertStore
+from duomoe.kernel_cache import check_kernel_cache
 from duomoe.loading import load_weights
 from duomoe.memory.kv_cache import KVCache
 from duomoe.memory.plan import Plan, make_plan
@@ -30,6 +31,7 @@ from duomoe.models import Model
 from duomoe.models.config import token_ids
 from duomoe.sampling import SamplingParams
 from duomoe.sizes import format_size
+from duomoe.startup import Startup
 from duomoe.tokenizer import TextStream, Tokenizer
 
 __all__ = ["EMBEDDED_MODEL", "LLM", "Chunk", "Completion", "Metrics"]
@@ -76,13 +78,18 @@ class LLM:
     Args:
         path: a folder in Hugging Face layout; None is the model that comes with this package.
         config: how to run it; alternatively its fields as keyword arguments.
-        quiet: show no progress bar while loading.
+        quiet: show no progress while loading.
+        startup: what times and shows the parts of starting; None is a new one.
+
+    Attributes:
+        startup: how long the parts of starting have taken.
 
     Raises:
         InputError: when the folder cannot be used, or the options cannot be met.
 
     Warns:
-        RuntimeWarning: when there are fewer slots than planned, because layers do not pack.
+        RuntimeWarning: when there are fewer slots than planned, because layers do not pack; and when compiled kernels
+            cannot be kept.
     """
 
     def __init__(
@@ -91,6 +98,7 @@ class LLM:
         config: EngineConfig | None = None,
         *,
         quiet: bool = True,
+        startup: Startup | None = None,
         **options: object,
     ) -> None:
         if config is not None and options:
@@ -99,31 +107,35 @@ class LLM:
             self.engine_config = config or EngineConfig(**options)  # type: ignore[arg-type]
         except TypeError as error:
             raise TypeError(f"LLM: {error}") from None
-        folder = ModelFolder(path)
-        checkpoint, self.config = folder.checkpoint, folder.config
-        self.plan = self.engine_config.plan(folder)
-        has_tokenizer = (checkpoint.path / "tokenizer.json").exists()
-        self.tokenizer = Tokenizer(checkpoint) if has_tokenizer else None
-        generation = checkpoint.read_json("generation_config.json") or {}
+        self.startup = startup or Startup(quiet)
+        with self.startup.part("opening"):
+            folder = ModelFolder(path)
+            self.plan = self.engine_config.plan(folder)
+            checkpoint = folder.checkpoint
+            has_tokenizer = (checkpoint.path / "tokenizer.json").exists()
+            self.tokenizer = Tokenizer(checkpoint) if has_tokenizer else None
+            generation = checkpoint.read_json("generation_config.json") or {}
         also = token_ids(generation.get("eos_token_id"), "generation_config.json")
+        self.config = folder.config
         self.eos_token_ids = frozenset(self.config.eos_token_ids) | frozenset(also)
-
         self._folder = folder
         self._numbers = itertools.count()
         self._lock = threading.RLock()  # one step at a time; callers in several threads share the batch
+        if self.plan.device == "cuda":
+            check_kernel_cache()
         try:
-            self._build(folder, quiet)
+            self._build(folder)
         except torch.OutOfMemoryError:
             raise InputError("the GPU's memory ran out while loading; lower --gpu-memory or free some") from None
 
-    def _build(self, folder: ModelFolder, quiet: bool) -> None:
+    def _build(self, folder: ModelFolder) -> None:
         """Allocate what the plan says, load the weights, and put the engine together."""
         plan = self.plan
         device = self.engine_config.torch_device()
-        compiled = {"auto": device.type == "cuda", "on": True, "off": False}[self.engine_config.compile]
         if device.type == "cuda" and self.engine_config.gpu_memory is not None:
             self._enforce(plan)
 
+        compiled = self.engine_config.compile == "on"
         model = Model(folder.architecture, self.config, device, plan.dtype, compiled)
         assert model.num_bytes == plan.weights_bytes, "the weights are not as planned"
         resident = plan.policy == "resident"
@@ -134,7 +146,7 @@ class LLM:
             pin=not resident and device.type == "cuda",
         )
         # Of each layer with experts; all 0 where they are as the checkpoint stores them.
-        self.quantisation_errors = load_weights(folder, model, store, quiet)
+        self.quantisation_errors = load_weights(folder, model, store, plan.loading_room, self.startup)
         formats = zip(self.config.moe_layers, store.formats, strict=True)
         # Those that were to be packed and do not pack.
         self.unpacked_layers = [layer for layer, each in formats if each is not store.format]
@@ -201,6 +213,18 @@ class LLM:
         whole = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / whole))
         weakref.finalize(self, torch.cuda.set_per_process_memory_fraction, 1.0).atexit = False
+
+    def prepare(self, sequences: int = 1, params: SamplingParams | None = None) -> None:
+        """Compile and capture what steps of so many sequences, and of fewer, need on a GPU.
+
+        Requests do so when it is missing, before their first token. Done ahead, none waits for it.
+
+        Args:
+            sequences: that run together; no more than `max_batch`.
+            params: of their requests; None is greedy.
+        """
+        with self.startup.part("capturing"), self._lock:
+            self.engine.prepare(min(sequences, self.plan.max_batch), [params or SamplingParams()])
 
     def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> list[Completion]:
         """Continue prompts, several at a time.

@@ -104,7 +104,9 @@ def _routers_of(path: str | None) -> tuple["Model", str]:
     folder = ModelFolder(path)
     model = Model(folder.architecture, folder.config, torch.device("cpu"), torch.float32, compiled=False)
     names = set(folder.routers())
-    folder.checkpoint.load([place for place in model.destinations() if place[0] in names], quiet=True)
+    for name, view in model.destinations():
+        if name in names:
+            folder.checkpoint.read_into(name, view)
     return model, folder.fingerprint()
 
 

@@ -1,7 +1,8 @@
 """One decode step: every running sequence by one token, from a table of integers to sampled tokens.
 
 On a GPU the step is captured as a CUDA graph for each batch size, so that the host launches it at once, and the batch
-is padded to the next such size; padding has no key, no expert and no result.
+is padded to the next such size; padding has no key, no expert and no result. Graphs are captured before the first token
+of the requests that need them (`prepare`), never between two tokens.
 """
 
 from collections.abc import Sequence
@@ -42,21 +43,33 @@ class DecodeStep:
         # One for all graphs, because never two of them run at once.
         self._pool = torch.cuda.graph_pool_handle() if self.captured else None
 
+    def prepare(self, sequences: int, greedy: bool) -> None:
+        """Compile and capture the steps of so many sequences and of all fewer, on a GPU, where they are missing.
+
+        A step of padding runs first, which compiles what has to be and leaves nothing behind.
+        """
+        if not (self.padded and self.policy.can_be_captured) or self.policy.observer is not None:
+            return
+        for size in _sizes(sequences, self.max_batch):
+            if (size, greedy) not in self._graphs:
+                self.policy.prepare_decode()
+                integers = torch.zeros(size, PAGES + self.max_pages, dtype=torch.int64)
+                integers[:, PAGES:] = -1
+                floats = torch.tensor([[0.0, 1.0]] * size)
+                self._step(integers.to(self.model.device), floats.to(self.model.device), greedy)
+                self._graphs[size, greedy] = _Graph(self, integers, floats, greedy) if self.captured else None
+
     def run(self, requests: Sequence[Request]) -> Tensor:
         """Return the next token of each request, int64 [requests]; their last tokens' keys go into the cache."""
         integers, floats, greedy = self._table(requests)
-        device = self.model.device
+        size, device = len(integers), self.model.device
+        # A graph that draws tokens serves greedy requests, too.
+        greedy = greedy and ((size, True) in self._graphs or (size, False) not in self._graphs)
         self.policy.prepare_decode()
-        size = len(integers), greedy
-        if not self.captured or self.policy.observer is not None:
-            tokens = self._step(integers.to(device), floats.to(device), greedy)
-        elif size not in self._graphs:
-            # The first step of a size runs as it is: it compiles what has to be, and its buffers come to be.
-            self._graphs[size] = None
+        graph = self._graphs.get((size, greedy))
+        if graph is None or self.policy.observer is not None:
             tokens = self._step(integers.to(device), floats.to(device), greedy)
         else:
-            graph = self._graphs[size] or _Graph(self, integers, floats, greedy)
-            self._graphs[size] = graph
             tokens = graph.run(integers, floats)
         return tokens[: len(requests)]
 
@@ -65,7 +78,7 @@ class DecodeStep:
         size, width = len(requests), 2  # never 1 page, for which torch.compile would make another variant
         pages = [self.cache.allocator.grow(request.number, request.length) for request in requests]
         if self.padded:
-            size, width = min(1 << (size - 1).bit_length(), self.max_batch), self.max_pages
+            size, width = _sizes(size, self.max_batch)[-1], self.max_pages
         width = max(width, *map(len, pages))
         rows = []
         for request, held in zip(requests, pages, strict=True):
@@ -97,6 +110,12 @@ class DecodeStep:
         if greedy:
             return logits.argmax(-1)
         return sample(logits, floats[:, 0], integers[:, TOP_K], floats[:, 1], integers[:, SEED], lengths)
+
+
+def _sizes(sequences: int, most: int) -> list[int]:
+    """Return the sizes to which steps of up to so many sequences are padded: powers of two, and at last `most`."""
+    powers = [1 << bits for bits in range((sequences - 1).bit_length() + 1)]
+    return [min(power, most) for power in powers]
 
 
 class _Graph:

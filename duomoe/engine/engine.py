@@ -13,7 +13,7 @@ from duomoe.engine.scheduler import Scheduler
 from duomoe.experts.policies import Policy
 from duomoe.memory.kv_cache import KVCache
 from duomoe.models import Model
-from duomoe.sampling import sample
+from duomoe.sampling import SamplingParams, sample
 
 
 class Engine:
@@ -58,6 +58,11 @@ class Engine:
             raise
         return requests
 
+    @torch.inference_mode()
+    def prepare(self, sequences: int, params: Sequence[SamplingParams]) -> None:
+        """Compile and capture the steps of so many sequences with such parameters, and of all fewer."""
+        self.decode_step.prepare(sequences, all(each.temperature == 0 for each in params))
+
     def _advance(self, requests: list[Request], admitted: bool) -> None:
         tokens = self._prefill(requests) if admitted else self.decode_step.run(requests)
         # host-sync ok: the one read of a step.
@@ -67,7 +72,10 @@ class Engine:
                 self.scheduler.remove(request)
 
     def _prefill(self, requests: list[Request]) -> Tensor:
-        """Return the first token of each request, int64 [requests]."""
+        """Return the first token of each request, int64 [requests]; what their next ones need is there by then."""
+        if any(request.params.max_new_tokens > 1 for request in requests):
+            running = self.scheduler.running
+            self.prepare(len(running), [request.params for request in running])
         stream = torch.cat(self._pass([(request.number, request.prompt) for request in requests]))
         ends = self._tensor(list(itertools.accumulate(len(request.prompt) for request in requests)))
         logits = self.model.logits(stream[ends - 1])

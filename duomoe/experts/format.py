@@ -12,8 +12,8 @@ through the dtypes of these tensors (kernels/quantised.py):
 
 A row has `gate_up`, the gate matrix over the up matrix, and `down`, and the other tensors for each. Out of a
 checkpoint, `StoredMatrices.read` (stored.py) gives a matrix in whatever form it is stored; `ExpertFormat.write`
-converts it where it is not in the row's form already, and puts its tensors in their places. `fill_layer` does so for
-all experts of a layer, several at a time, with one matrix per thread in flight.
+converts it where it is not in the row's form already, and puts its tensors in their places. `fill_row` does so for all
+matrices of an expert, one after the other.
 """
 
 import math

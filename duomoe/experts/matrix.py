@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from duomoe.errors import InputError
-from duomoe.kernels.bf16_packed import pack_bf16
+from duomoe.kernels.pack import pack
 from duomoe.kernels.quantised import FP8_BLOCK, dequantise, pack_int4, scale_shape
 
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
@@ -127,7 +127,7 @@ def to_packed(matrix: Matrix) -> PackedMatrix:
         DoesNotPack: when there are too many that are far from the others.
     """
     values = to_plain(matrix, torch.bfloat16).weight
-    packed = pack_bf16(values.contiguous())
+    packed = pack(values.contiguous())
     if packed is None:
         raise DoesNotPack
     return PackedMatrix(*packed, values.shape[1])

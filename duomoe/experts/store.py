@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from duomoe.experts.format import ExpertFormat
-from duomoe.memory.pinned import pin
+from duomoe.memory.pinned import pin, touched
 
 
 class ExpertStore:
@@ -30,14 +30,18 @@ class ExpertStore:
 
     def rows(self, expert_format: ExpertFormat) -> Tensor:
         """Return memory for a layer's rows, uint8 [num_experts, row_bytes], not yet part of the store."""
-        return torch.empty((self.num_experts, expert_format.row_bytes), dtype=torch.uint8, device=self.device)
+        size = self.num_experts, expert_format.row_bytes
+        if not self._pin:
+            return torch.empty(size, dtype=torch.uint8, device=self.device)
+        rows = touched(self.num_experts * expert_format.row_bytes).view(size)
+        if not pin(rows):
+            self.pinned = False
+        return rows
 
     def add(self, rows: Tensor, expert_format: ExpertFormat) -> None:
-        """Make rows the next layer's, in this memory. They may be filled before or after."""
+        """Make rows the next layer's, in this memory."""
         self.layers.append(rows)
         self.formats.append(expert_format)
-        if self._pin and not pin(rows):
-            self.pinned = False
 
     @property
     def num_bytes(self) -> int:

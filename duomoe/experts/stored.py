@@ -1,4 +1,4 @@
-"""Matrices as checkpoints store them: plain, fp8 in blocks, AWQ or GPTQ; and a layer's experts filled from them.
+"""Matrices as checkpoints store them: plain, fp8 in blocks, AWQ or GPTQ; and an expert's row filled from them.
 
 A matrix that a family's sources call `X.weight` is, by method,
 
@@ -13,13 +13,12 @@ Layers that a checkpoint does not quantise have a plain `X.weight`: what is ther
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from duomoe.checkpoint import READERS, STORED_DTYPES, Checkpoint
+from duomoe.checkpoint import HOST, STORED_DTYPES, Checkpoint, is_finite
 from duomoe.errors import InputError
 from duomoe.experts.format import ExpertFormat
 from duomoe.experts.matrix import Fp8Matrix, Int4Matrix, Matrix, PackedMatrix, PlainMatrix
@@ -35,21 +34,34 @@ Expected = tuple[tuple[int, ...], tuple[str, ...]]  # a stored tensor's shape, a
 
 
 @dataclass
-class QuantisationError:
-    """How far quantised values are from those they were made of, summed over matrices; nothing where none were."""
+class Filled:
+    """What is to be said of matrices that have been put into rows.
+
+    Attributes:
+        squared_error: of quantised values, from those they were made of, summed; 0 where none were quantised.
+        squared_norm: of the latter.
+        not_finite: the names of plain matrices with values that are NaN or infinity.
+    """
 
     squared_error: float = 0.0
     squared_norm: float = 0.0
+    not_finite: list[str] = field(default_factory=list)
 
-    def add(self, matrix: Matrix, converted: Matrix) -> None:
-        """Count a matrix that has been quantised."""
+    def compare(self, matrix: Matrix, converted: Matrix) -> None:
+        """Count what a matrix has lost, if it has been quantised."""
         if converted is not matrix and not isinstance(converted, PlainMatrix | PackedMatrix):
             values = matrix.values()
             self.squared_error += float((converted.values() - values).square().sum(dtype=torch.float64))
             self.squared_norm += float(values.square().sum(dtype=torch.float64))
 
+    def add(self, other: "Filled") -> None:
+        """Count what is to be said of other matrices, too."""
+        self.squared_error += other.squared_error
+        self.squared_norm += other.squared_norm
+        self.not_finite += other.not_finite
+
     @property
-    def relative(self) -> float:
+    def error(self) -> float:
         """‖quantised − plain‖ / ‖plain‖."""
         return (self.squared_error / self.squared_norm) ** 0.5 if self.squared_norm else 0.0
 
@@ -129,24 +141,24 @@ class StoredMatrices:
                     supported = ", ".join(dtypes)
                     raise InputError(f"{stored.path}: {name} is stored as {stored.dtype}; supported: {supported}")
 
-    def read(self, name: str, shape: tuple[int, ...]) -> Matrix:
-        """Return a matrix that has been through `check`.
+    def read(self, name: str, shape: tuple[int, ...], device: torch.device = HOST) -> Matrix:
+        """Return a matrix that has been through `check`, on a device.
 
         Raises:
             InputError: when reading fails, its scales are not finite, or a GPTQ matrix has its inputs out of order.
         """
-        parts = [self.checkpoint.read(each) for each in self.tensors(name, shape)]
+        parts = [self.checkpoint.read(each, device) for each in self.tensors(name, shape)]
         if len(parts) == 1:
             return PlainMatrix(parts[0])
         assert self.quantization is not None
         path, scales = self.checkpoint.path, parts[1 if len(parts) == 2 else 2]
-        if not bool(scales.float().isfinite().all()):
+        if not is_finite(scales):
             raise InputError(f"{path}: the scales of {name} are NaN or infinity")
         if self.quantization.method == "fp8":
             return Fp8Matrix(parts[0], scales.float())
         group, inner = self.quantization.group_size, shape[1]
         weight, zeros, *groups_of = parts[0], parts[1], *parts[3:]
-        if groups_of and not torch.equal(groups_of[0].long(), torch.arange(inner) // group):
+        if groups_of and not torch.equal(groups_of[0].long(), torch.arange(inner, device=device) // group):
             raise InputError(f"{path}: {name} is quantised in another order (desc_act), which is not supported")
         order = AWQ_ORDER if self.quantization.method == "awq" else GPTQ_ORDER
         nibbles = _unpack(weight, order).T if order is AWQ_ORDER else _unpack(weight.T, order)
@@ -156,52 +168,40 @@ class StoredMatrices:
 
 def _unpack(packed: Tensor, order: Sequence[int]) -> Tensor:
     """Return the four-bit numbers in int32 [rows, columns] as uint8 [rows, 8 * columns]; `order` is that of eight."""
-    found = torch.empty(*packed.shape, 8, dtype=torch.uint8)
+    found = torch.empty(*packed.shape, 8, dtype=torch.uint8, device=packed.device)
     for position, place in enumerate(order):
         found[..., place] = packed >> (4 * position) & 15
     return found.flatten(1)
 
 
-def fill_layer(
-    stored: StoredMatrices,
-    expert_format: ExpertFormat,
-    experts: Sequence[Mapping[str, Sources]],
-    rows: Tensor,
-) -> QuantisationError:
-    """Fill the rows of one layer's experts from a checkpoint, several at a time.
+def fill_row(
+    stored: StoredMatrices, expert_format: ExpertFormat, sources: Mapping[str, Sources], row: Tensor
+) -> Filled:
+    """Fill an expert's row from a checkpoint; matrices are converted where the row is.
 
     Args:
         stored: the checkpoint's matrices, which have been through `check`.
-        expert_format: of the rows.
-        experts: the sources of each expert's `gate_up` and `down` (Architecture.expert_sources).
-        rows: uint8 [experts, row_bytes], on any device.
-
-    Returns:
-        What matrices lost where the format quantises them.
+        expert_format: of the row.
+        sources: of its `gate_up` and `down` (Architecture.expert_sources).
+        row: uint8 [row_bytes], on any device.
 
     Raises:
         InputError: as `StoredMatrices.read`, and when a matrix has values that the format cannot hold.
         DoesNotPack: when the format is packed and a matrix does not pack.
     """
-    views = expert_format.views(rows)
-
-    def fill(index: int) -> QuantisationError:
-        error = QuantisationError()
-        row = {name: view[index] for name, view in views.items()}
-        for name, sources in experts[index].items():
-            for place, (source, shape) in enumerate(sources):
-                matrix = stored.read(source, shape)
+    views = {name: view[0] for name, view in expert_format.views(row[None]).items()}
+    filled = Filled()
+    for name, matrices in sources.items():
+        for place, (source, shape) in enumerate(matrices):
+            if expert_format.name == "plain" and not stored.is_quantised(source, shape):
+                finite = stored.checkpoint.read_into(source, views[name].chunk(len(matrices))[place])
+            else:
+                matrix = stored.read(source, shape, row.device)
+                finite = not isinstance(matrix, PlainMatrix) or is_finite(matrix.weight)
                 try:
-                    error.add(matrix, expert_format.write(matrix, row, name, place, len(sources)))
+                    filled.compare(matrix, expert_format.write(matrix, views, name, place, len(matrices)))
                 except InputError as problem:
                     raise InputError(f"{stored.checkpoint.path}: {source} {problem}") from None
-        return error
-
-    with ThreadPoolExecutor(READERS, thread_name_prefix="duomoe-load") as pool:
-        futures = [pool.submit(fill, index) for index in range(len(experts))]
-        try:
-            errors = [future.result() for future in futures]
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-    return QuantisationError(sum(error.squared_error for error in errors), sum(error.squared_norm for error in errors))
+            if not finite:
+                filled.not_finite.append(source)
+    return filled

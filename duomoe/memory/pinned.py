@@ -1,13 +1,40 @@
 """Host memory that the GPU can copy from at full speed, and read directly."""
 
 import contextlib
+import ctypes
+import mmap
+import os
 import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 PORTABLE = 1  # cudaHostRegisterPortable: usable from every CUDA context
+
+# Memory is touched in parts of this many bytes.
+TOUCHED_BYTES = 64 << 20
+
+
+def touched(size: int) -> Tensor:
+    """Return memory of the host, uint8 [size], whose pages are there already, huge ones where the system has them.
+
+    Pinning it then takes a fraction of the time: the system gives pages to one thread at a time, and few of 2 MiB
+    sooner than many of 4 KiB (docs/measurements.md).
+    """
+    region = mmap.mmap(-1, size)
+    with contextlib.suppress(OSError):
+        region.madvise(mmap.MADV_HUGEPAGE)
+    memory = torch.frombuffer(region, dtype=torch.uint8)
+    first = memory.data_ptr()
+
+    def touch(begin: int) -> None:
+        ctypes.memset(first + begin, 0, min(TOUCHED_BYTES, size - begin))
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "duomoe-touch") as pool:
+        list(pool.map(touch, range(0, size, TOUCHED_BYTES)))
+    return memory
 
 
 def pin(tensor: Tensor) -> bool:

@@ -210,6 +210,12 @@ class Plan:
         return fixed + self.kv_bytes + self.slot_bytes + self.allocator_bytes
 
     @property
+    def loading_room(self) -> int:
+        """Bytes on the device that loading may take for a while: what is not there yet by then."""
+        there = self.weights_bytes + self.allocator_bytes + (self.slot_bytes if self.policy == "resident" else 0)
+        return self.total - there
+
+    @property
     def store_bytes(self) -> int:
         """Bytes of host memory for the experts' home; none where they live on the device."""
         if self.policy == "resident":

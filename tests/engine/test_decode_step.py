@@ -55,7 +55,7 @@ def test_a_decode_step_never_waits_for_the_host(
             llm.generate(prompt_of(10), params)
     else:
         llm.generate([prompt_of(10), prompt_of(3)], params)
-        assert len(steps) == 5
+        assert len(steps) == (5 if device == "cpu" else 7)  # on a GPU those of padding, too, for one and for two
 
 
 @pytest.mark.gpu

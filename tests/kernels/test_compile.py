@@ -24,7 +24,7 @@ from duomoe.kernels.configuration import Configuration, shared_memory
 
 CAPABILITIES = [80, 86, 89, 90, 100, 120]
 DTYPES = [torch.bfloat16, torch.float16]
-WITHOUT_DTYPE = ["admit", "fetch", "permute"]
+WITHOUT_DTYPE = ["admit", "fetch", "pack", "permute"]
 MODULES = [
     "activations",
     "attention",
