@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PROMPT ?= Emma was not at all surprised when
 
-.PHONY: generate test lint bench bench-policies venv clean
+.PHONY: generate test lint bench bench-policies bench-start venv clean
 
 generate: .venv/ready
 	@.venv/bin/python -m duomoe.generate --prompt "$(PROMPT)" --max-new-tokens 128 --temperature 0.8 --top-p 0.95 --seed 1
@@ -24,6 +24,11 @@ bench: .venv/ready
 
 bench-policies: .venv/ready
 	OMP_WAIT_POLICY=PASSIVE .venv/bin/python -P tests/benchmarks/policies.py
+
+# START says what to start and load, as `--model W=DIR --expert-memory 25%`; without it, the embedded model.
+START ?= --model embedded=duomoe/assets --load embedded=duomoe/assets
+bench-start: .venv/ready
+	.venv/bin/python -P tests/benchmarks/start.py --out docs/measurements/start.json $(START)
 
 venv: .venv/ready
 
