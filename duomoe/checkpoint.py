@@ -5,6 +5,7 @@ shards: mapped pages count as memory of this process, so a model would be held t
 little-endian uint64 header length, a JSON header and the tensors' bytes (https://github.com/huggingface/safetensors).
 """
 
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -34,8 +35,6 @@ QUANTISED_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "I32": torch.int32}
 PIECE_BYTES = 2 << 20
 
 MAX_HEADER_BYTES = 100 << 20
-
-HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -97,15 +96,21 @@ class Checkpoint:
         if unused:
             warn(f"{self.path}: {len(unused)} tensors are not part of the model and were ignored, first {unused[0]}")
 
-    def read(self, name: str, device: torch.device = HOST) -> Tensor:
-        """Return a tensor as it is stored, on a device.
+    def read(self, name: str, pinned: bool = False) -> Tensor:
+        """Return a tensor as it is stored, on the host.
+
+        Args:
+            name: of the tensor.
+            pinned: into memory that a GPU copies from at full speed, where the system allows it.
 
         Raises:
             InputError: when reading fails.
         """
         stored = self.tensors[name]
-        found = torch.empty(stored.shape, dtype=(STORED_DTYPES | QUANTISED_DTYPES)[stored.dtype], device=device)
-        self._read_pieces(stored, found, found.dtype)
+        dtype = (STORED_DTYPES | QUANTISED_DTYPES)[stored.dtype]
+        found = _host_memory(stored.size, pinned).view(dtype).view(stored.shape)
+        with stored.path.open("rb", buffering=0) as file:
+            self._read(file.fileno(), found, stored.begin, stored.path)
         return found
 
     def read_into(self, name: str, destination: Tensor) -> bool:
@@ -122,16 +127,9 @@ class Checkpoint:
             InputError: when reading fails.
         """
         stored = self.tensors[name]
-        return self._read_pieces(stored, destination, STORED_DTYPES[stored.dtype])
-
-    def _read_pieces(self, stored: StoredTensor, destination: Tensor, dtype: torch.dtype) -> bool:
-        """Fill `destination` with what is stored as `dtype`, and return whether it is finite, as far as it is floats.
-
-        On a GPU a piece crosses while the next one is read into another buffer.
-        """
+        dtype = STORED_DTYPES[stored.dtype]
         flat = destination.view(-1)
         direct = destination.dtype == dtype and not destination.is_cuda
-        checked = dtype in STORED_DTYPES.values()
         bounces = [] if direct else self._bounces(pinned=destination.is_cuda)
         crossed: list[torch.cuda.Event | None] = [None, None]
         step = PIECE_BYTES // dtype.itemsize
@@ -144,32 +142,27 @@ class Checkpoint:
                     if (before := crossed[number % 2]) is not None:
                         before.synchronize()  # host-sync ok: while weights are loaded
                     piece = bounces[number % 2][: target.numel() * dtype.itemsize].view(dtype)
-                begin = time.perf_counter()
-                _fill(file.fileno(), piece, stored.begin + low * dtype.itemsize, stored.path)
-                self._spend(time.perf_counter() - begin)
+                self._read(file.fileno(), piece, stored.begin + low * dtype.itemsize, stored.path)
                 if not direct:
                     target.copy_(piece, non_blocking=True)
-                if destination.is_cuda:
+                if destination.is_cuda:  # the piece crosses while the next one is read into the other buffer
                     crossed[number % 2] = torch.cuda.current_stream().record_event()
-                elif checked:
+                else:
                     finite = finite and is_finite(target)
-        if destination.is_cuda:
-            return not checked or is_finite(flat)
-        return finite
+        return is_finite(flat) if destination.is_cuda else finite
 
     def _bounces(self, pinned: bool) -> list[Tensor]:
-        """Return this thread's two buffers, pinned where the system allows it."""
+        """Return this thread's two buffers."""
         if not hasattr(self._thread, "bounces"):
-            try:
-                self._thread.bounces = [torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=pinned) for _ in "ab"]
-            except RuntimeError:  # pinning is refused; then torch copies through buffers of its own
-                self._thread.bounces = [torch.empty(PIECE_BYTES, dtype=torch.uint8) for _ in "ab"]
+            self._thread.bounces = [_host_memory(PIECE_BYTES, pinned) for _ in range(2)]
         found: list[Tensor] = self._thread.bounces
         return found
 
-    def _spend(self, seconds: float) -> None:
+    def _read(self, descriptor: int, piece: Tensor, offset: int, path: Path) -> None:
+        begin = time.perf_counter()
+        _fill(descriptor, piece, offset, path)
         with self._lock:
-            self.reading_seconds += seconds
+            self.reading_seconds += time.perf_counter() - begin
 
     def fingerprint(self, names: Iterable[str]) -> str:
         """Return a hash of some tensors as they are stored.
@@ -261,6 +254,14 @@ def is_finite(values: Tensor) -> bool:
     if values.numel() == 0:
         return True
     return bool(torch.stack(torch.aminmax(values.view(-1))).isfinite().all())  # host-sync ok: while weights are loaded
+
+
+def _host_memory(size: int, pinned: bool) -> Tensor:
+    """Return uint8 [size] on the host, pinned where that is asked for and the system allows it."""
+    if pinned:
+        with contextlib.suppress(RuntimeError):
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    return torch.empty(size, dtype=torch.uint8)
 
 
 def _fill(descriptor: int, piece: Tensor, offset: int, path: Path) -> None:

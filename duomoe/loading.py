@@ -1,45 +1,48 @@
 """Loading: a checkpoint's weights into a model and the store of its experts, converted on their way where need be.
 
-Several threads each read and convert one tensor or one expert at a time. What is plain and stays plain is read straight
-into its place. For a GPU, experts are converted there: their matrices cross the link as they are stored, the rows cross
-it back to host memory. Of a model nothing is ever held twice, only what each thread has at hand. While threads fill the
-rows of one layer, the memory for the next layer's is got ready.
+Several threads read. What is plain and stays plain goes straight into its place. Experts that are converted for a GPU
+are converted there: one thread, the caller's, sends their matrices over the link as they are stored, and has the rows
+sent back to host memory. Elsewhere each reading thread converts what it has read. Of a model nothing is ever held
+twice, only what is at hand. While rows of one layer are filled, the memory for the next layer's is got ready.
 """
 
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from duomoe.checkpoint import HOST, Checkpoint, warn
+from duomoe.checkpoint import Checkpoint, warn
 from duomoe.experts.format import ExpertFormat, plain_format
 from duomoe.experts.matrix import DoesNotPack
 from duomoe.experts.store import ExpertStore
-from duomoe.experts.stored import Filled, StoredMatrices, fill_row
+from duomoe.experts.stored import Filled, Place, StoredMatrices, fill, fill_row, needs_converting, places
 from duomoe.model_folder import ModelFolder
 from duomoe.models import Model
 from duomoe.models.model import expected_tensors
 from duomoe.models.weights import Sources
 from duomoe.startup import Startup
 
+T = TypeVar("T")
 R = TypeVar("R")
 
 # Files in the page cache are read faster by more threads, at 50 GB/s by 16 (docs/measurements.md).
 FEWEST_THREADS, MOST_THREADS = 4, 16
 
-# What a thread that converts holds on a GPU for each value of a matrix: itself, and what it becomes. Quantising, and
-# undoing it, go through float32.
+# What is read ahead of its conversion has at most so many bytes, but for one matrix beside the one that is converted.
+AHEAD_BYTES = 128 << 20
+
+# What converting holds on a GPU for each value of a matrix: itself, and what it becomes. Quantising, and undoing it, go
+# through float32.
 PACKING_BYTES, QUANTISING_BYTES = 8, 40
 
-# What torch's allocator may reserve for a thread's stream beyond that: two segments that are not full.
-THREAD_BYTES = 64 << 20
+# What torch's allocator may reserve beyond that: two segments that are not full.
+SEGMENT_BYTES = 64 << 20
 
 
 def load_weights(folder: ModelFolder, model: Model, store: ExpertStore, room: int, startup: Startup) -> list[float]:
@@ -63,51 +66,75 @@ def load_weights(folder: ModelFolder, model: Model, store: ExpertStore, room: in
         RuntimeWarning: for plain tensors with values that are not finite, and for tensors without a use.
     """
     stored, checkpoint = folder.stored, folder.checkpoint
-    every = [
-        part for tensor in expected_tensors(folder.architecture, folder.config) for part in stored.tensors(*tensor)
-    ]
+    expected = expected_tensors(folder.architecture, folder.config)
+    every = [part for tensor in expected for part in stored.tensors(*tensor)]
     checkpoint.warn_of_unused(every)
-    with startup.part("loading", sum(checkpoint.tensors[name].size for name in every)):
-        threads = max(FEWEST_THREADS, min(MOST_THREADS, len(os.sched_getaffinity(0))))
-        converting = HOST
-        if model.device.type == "cuda" and (fit := room // _bytes_of_a_thread(folder, store.format)) > 0:
-            threads, converting = min(threads, fit), model.device
-        with _Threads(threads, model.device, checkpoint, startup) as run:
-            dense = [run(partial(_fill, stored, *place), _size(stored, *place)) for place in model.destinations()]
-            errors = _load_experts(folder, store, converting, run, startup)
-            for future in dense:
-                if (unusual := future.result()) is not None:
-                    _warn_of_values(checkpoint, unusual)
+    with (
+        startup.part("loading", sum(checkpoint.tensors[name].size for name in every)),
+        _Threads(model.device, checkpoint, startup) as threads,
+    ):
+        dense = [threads.run(partial(_fill_dense, stored, name, view)) for name, view in model.destinations()]
+        errors = _Experts(folder, store, model.device, room, threads, startup).load()
+        for future in dense:
+            if (name := future.result()) is not None:
+                _warn_of_values(checkpoint, name)
     return errors
 
 
-def _bytes_of_a_thread(folder: ModelFolder, expert_format: ExpertFormat) -> int:
-    """Return what a thread that converts experts holds on a GPU at most."""
-    values = folder.config.hidden_size * folder.config.moe_intermediate_size
-    keeps_values = not expert_format.quantised and folder.config.quantization is None
-    return expert_format.row_bytes + values * (PACKING_BYTES if keeps_values else QUANTISING_BYTES) + THREAD_BYTES
+def _fill_dense(stored: StoredMatrices, name: str, view: Tensor) -> str | None:
+    """Fill a non-expert parameter; return its name if it holds values that are not finite."""
+    shape = tuple(view.shape)
+    if not stored.is_quantised(name, shape):
+        return None if stored.checkpoint.read_into(name, view) else name
+    parts = [part.to(view.device) for part in stored.read(name, shape)]
+    view.copy_(stored.matrix(name, shape, parts).values())
+    if view.is_cuda:
+        torch.cuda.current_stream().synchronize()  # host-sync ok: while weights are loaded
+    return None
+
+
+def _warn_of_values(checkpoint: Checkpoint, name: str) -> None:
+    warn(f"{checkpoint.tensors[name].path}: {name} holds NaN or infinity, and so will the output")
 
 
 class _Threads:
-    """The threads that load; called with a job and the bytes it reads, runs it in one of them.
+    """The threads that read. An error in the block, or an interrupt, ends them, and drops jobs that have not begun."""
 
-    An error in the block, or an interrupt, ends them before it goes on; jobs that have not begun are dropped.
-    """
-
-    def __init__(self, count: int, device: torch.device, checkpoint: Checkpoint, startup: Startup) -> None:
-        self._count, self._checkpoint, self._startup = count, checkpoint, startup
+    def __init__(self, device: torch.device, checkpoint: Checkpoint, startup: Startup) -> None:
+        self._checkpoint, self._startup = checkpoint, startup
         self._busy: list[float] = []  # seconds that each job took
-        self._pool = ThreadPoolExecutor(count, "duomoe-load", partial(_use_stream, device))
+        self.count = max(FEWEST_THREADS, min(MOST_THREADS, len(os.sched_getaffinity(0))))
+        self._pool = ThreadPoolExecutor(self.count, "duomoe-load", partial(_use_stream, device))
 
-    def __call__(self, job: Callable[[], R], size: int) -> Future[R]:
+    def run(self, job: Callable[[], R]) -> Future[R]:
+        """Run a job in one of the threads."""
+
         def timed() -> R:
             begin = time.perf_counter()
             result = job()
             self._busy.append(time.perf_counter() - begin)
-            self._startup.load(size)
             return result
 
         return self._pool.submit(timed)
+
+    def run_ahead(self, jobs: Iterable[tuple[T, int, Callable[[], R]]]) -> Iterator[tuple[T, R]]:
+        """Run jobs and yield their results in order; only as many are begun as have AHEAD_BYTES together, or one.
+
+        Args:
+            jobs: what each is for, how many bytes it reads, and itself.
+
+        Returns:
+            What each was for, and its result.
+        """
+        under_way: deque[tuple[T, int, Future[R]]] = deque()
+        for what, size, job in jobs:
+            while under_way and size + sum(each for _, each, _ in under_way) > AHEAD_BYTES:
+                before, _, future = under_way.popleft()
+                yield before, future.result()
+            under_way.append((what, size, self.run(job)))
+        while under_way:
+            before, _, future = under_way.popleft()
+            yield before, future.result()
 
     def __enter__(self) -> "_Threads":
         return self
@@ -115,8 +142,8 @@ class _Threads:
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
         reading = self._checkpoint.reading_seconds
-        self._startup.spend("reading", reading / self._count)
-        self._startup.spend("converting", max(0.0, sum(self._busy) - reading) / self._count)
+        self._startup.spend("reading", reading / self.count)
+        self._startup.spend("converting", max(0.0, sum(self._busy) - reading) / self.count)
 
 
 def _use_stream(device: torch.device) -> None:
@@ -125,118 +152,111 @@ def _use_stream(device: torch.device) -> None:
         torch.cuda.set_stream(torch.cuda.Stream(device))
 
 
-def _size(stored: StoredMatrices, name: str, view: Tensor) -> int:
-    """Return the bytes of what a parameter is stored as."""
-    return sum(stored.checkpoint.tensors[part].size for part in stored.tensors(name, tuple(view.shape)))
+class _Experts:
+    """Adds layer after layer to the store, in its format; plain ones where that is packed and a matrix does not pack.
 
-
-def _fill(stored: StoredMatrices, name: str, view: Tensor) -> str | None:
-    """Fill a non-expert parameter; return its name if it holds values that are not finite."""
-    shape = tuple(view.shape)
-    if not stored.is_quantised(name, shape):
-        return None if stored.checkpoint.read_into(name, view) else name
-    view.copy_(stored.read(name, shape, view.device).values())
-    _wait(view.device)
-    return None
-
-
-def _wait(device: torch.device) -> None:
-    """Let the host wait for what this thread has given a GPU to do."""
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()  # host-sync ok: while weights are loaded
-
-
-def _warn_of_values(checkpoint: Checkpoint, name: str) -> None:
-    warn(f"{checkpoint.tensors[name].path}: {name} holds NaN or infinity, and so will the output")
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """The rows of one layer, which threads are filling."""
-
-    number: int
-    expert_format: ExpertFormat
-    rows: Tensor
-    experts: list[Future[Filled]]
-
-
-def _load_experts(
-    folder: ModelFolder, store: ExpertStore, converting: torch.device, run: _Threads, startup: Startup
-) -> list[float]:
-    """Add all layers' experts to the store, converted to its format; plain ones where that is packed and one is not.
-
-    Returns:
-        What each layer has lost by being quantised.
+    Args:
+        folder: where the weights are.
+        store: to be filled.
+        device: where the model is.
+        room: bytes there that conversions may take.
+        threads: that read.
+        startup: counts what is done.
     """
-    config = folder.config
-    errors: list[float] = []
-    under_way: deque[_Layer] = deque()
 
-    def begin(number: int, expert_format: ExpertFormat) -> _Layer:
-        started = time.perf_counter()
-        rows = store.rows(expert_format)
-        startup.spend("pinning", time.perf_counter() - started)
-        layer = _Layer(number, expert_format, rows, [])
-        for expert in range(config.num_experts):
-            sources = folder.architecture.expert_sources(config, number, expert)
-            job = partial(_fill_expert, folder.stored, expert_format, sources, rows[expert], converting)
-            layer.experts.append(run(job, _size_of_expert(folder.stored, sources)))
-            if converting != HOST and number == config.moe_layers[0] and expert == 0:
-                wait(layer.experts)  # so that Triton compiles in one thread, not in all of them
-        return layer
+    def __init__(
+        self,
+        folder: ModelFolder,
+        store: ExpertStore,
+        device: torch.device,
+        room: int,
+        threads: _Threads,
+        startup: Startup,
+    ) -> None:
+        self.folder, self.store, self.threads, self.startup = folder, store, threads, startup
+        self.stored, self.device = folder.stored, device
+        self.on_gpu = device.type == "cuda" and _bytes_to_convert(folder, store.format) <= room
 
-    def finish(layer: _Layer) -> None:
-        filled = _all_of(layer.experts)
-        if filled is None:
-            number = layer.number
-            del layer  # and its rows, before there are others
-            layer = begin(number, plain_format(config.hidden_size, config.moe_intermediate_size, torch.bfloat16))
-            filled = _all_of(layer.experts)
-            assert filled is not None, "a plain layer needs no packing"
-        store.add(layer.rows, layer.expert_format)
-        errors.append(filled.error)
-        for name in filled.not_finite:
-            _warn_of_values(folder.checkpoint, name)
+    def load(self) -> list[float]:
+        """Add all layers, and return what each has lost by being quantised."""
+        errors = []
+        layers = self.folder.config.moe_layers
+        with ThreadPoolExecutor(1, "duomoe-rows") as ahead:
+            rows = ahead.submit(self.store.rows, self.store.format)
+            for number, layer in enumerate(layers, start=1):
+                begin = time.perf_counter()
+                present = rows.result()
+                self.startup.spend("pinning", time.perf_counter() - begin)
+                if number < len(layers):
+                    rows = ahead.submit(self.store.rows, self.store.format)
+                filled = self._add_layer(layer, present)
+                errors.append(filled.error)
+                for name in filled.not_finite:
+                    _warn_of_values(self.folder.checkpoint, name)
+        return errors
 
-    for number in config.moe_layers:
-        under_way.append(begin(number, store.format))
-        if len(under_way) > 1:
-            finish(under_way.popleft())
-    while under_way:
-        finish(under_way.popleft())
-    return errors
-
-
-def _fill_expert(
-    stored: StoredMatrices,
-    expert_format: ExpertFormat,
-    sources: Mapping[str, Sources],
-    row: Tensor,
-    converting: torch.device,
-) -> Filled:
-    """Fill an expert's row, by way of `converting` if there is something to convert."""
-    matrices = [matrix for each in sources.values() for matrix in each]
-    straight = expert_format.name == "plain" and not any(stored.is_quantised(*matrix) for matrix in matrices)
-    made = row if straight or row.device == converting else torch.empty_like(row, device=converting)
-    filled = fill_row(stored, expert_format, sources, made)
-    if made is not row:
-        row.copy_(made)
-    _wait(row.device)
-    return filled
-
-
-def _size_of_expert(stored: StoredMatrices, sources: Mapping[str, Sources]) -> int:
-    """Return the bytes of what an expert is stored as."""
-    names = (part for each in sources.values() for matrix in each for part in stored.tensors(*matrix))
-    return sum(stored.checkpoint.tensors[name].size for name in names)
-
-
-def _all_of(experts: list[Future[Filled]]) -> Filled | None:
-    """Wait for all experts of a layer; None when there is one that does not pack."""
-    together, packs = Filled(), True
-    for expert in experts:
+    def _add_layer(self, layer: int, rows: Tensor) -> Filled:
+        config = self.folder.config
+        experts = [self.folder.architecture.expert_sources(config, layer, n) for n in range(config.num_experts)]
+        expert_format = self.store.format
+        converts = any(
+            needs_converting(self.stored, expert_format, place) for each in experts for place in places(each)
+        )
         try:
-            together.add(expert.result())
+            filled = (self._convert if converts and self.on_gpu else self._fill)(expert_format, experts, rows)
         except DoesNotPack:
-            packs = False
-    return together if packs else None
+            del rows  # before there are others
+            expert_format = plain_format(config.hidden_size, config.moe_intermediate_size, torch.bfloat16)
+            rows = self.store.rows(expert_format)
+            filled = self._fill(expert_format, experts, rows)
+        self.store.add(rows, expert_format)
+        return filled
+
+    def _fill(self, expert_format: ExpertFormat, experts: list[dict[str, Sources]], rows: Tensor) -> Filled:
+        """Fill rows in the reading threads, on the host or with what needs no converting."""
+        together = Filled()
+        jobs = [partial(fill_row, self.stored, expert_format, *each) for each in zip(experts, rows, strict=True)]
+        futures = [self.threads.run(job) for job in jobs]
+        try:
+            for future, sources in zip(futures, experts, strict=True):
+                together.add(future.result())
+                self.startup.load(sum(self._size(place) for place in places(sources)))
+        except DoesNotPack:
+            for future in futures:
+                future.cancel()
+            wait(futures)  # they write to the rows
+            raise
+        return together
+
+    def _convert(self, expert_format: ExpertFormat, experts: list[dict[str, Sources]], rows: Tensor) -> Filled:
+        """Convert on the GPU what the threads read."""
+        filled = Filled()
+        every = [(index, place) for index, sources in enumerate(experts) for place in places(sources)]
+        jobs = (
+            ((index, place), self._size(place), partial(self.stored.read, place.source, place.shape, pinned=True))
+            for index, place in every
+        )
+        row = torch.empty_like(rows[0], device=self.device)
+        last = dict(every)
+        for (index, place), parts in self.threads.run_ahead(jobs):
+            begin = time.perf_counter()
+            there = [part.to(self.device, non_blocking=True) for part in parts]
+            fill(self.stored, expert_format, place, there, row, filled)
+            if place is last[index]:
+                rows[index].copy_(row, non_blocking=True)
+            self.startup.spend("converting", time.perf_counter() - begin)
+            self.startup.load(self._size(place))
+        torch.cuda.current_stream().synchronize()  # host-sync ok: while weights are loaded
+        return filled
+
+    def _size(self, place: Place) -> int:
+        """Return the bytes of what a matrix is stored as."""
+        names = self.stored.tensors(place.source, place.shape)
+        return sum(self.stored.checkpoint.tensors[name].size for name in names)
+
+
+def _bytes_to_convert(folder: ModelFolder, expert_format: ExpertFormat) -> int:
+    """Return what converting experts holds on a GPU at most."""
+    values = folder.config.hidden_size * folder.config.moe_intermediate_size
+    keeps_values = not expert_format.quantised and folder.config.quantization is None
+    return expert_format.row_bytes + values * (PACKING_BYTES if keeps_values else QUANTISING_BYTES) + SEGMENT_BYTES

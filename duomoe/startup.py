@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
-# What parts of starting are called, in their order. Within `loading`, several threads read and convert: their seconds
-# are averaged over the threads, so that the three parts of it add up to it. Kernels are compiled within other parts.
+# What parts of starting are called, in their order. Three go on within `loading`: several threads read at a time, and
+# their seconds are averaged, and so are those in which they convert; the thread that has a GPU convert adds its own.
+# Pinning is what the rest has waited for. Kernels are compiled within other parts.
 PARTS = ("importing", "opening", "loading", "reading", "converting", "pinning", "capturing", "compiling")
 
 

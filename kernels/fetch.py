@@ -209,8 +209,10 @@ def _fetch_kernel(
 ) -> None:
     """Each program is a lane and copies its chunks of every row of the list, in words of 4 bytes."""
     lane = tl.program_id(0)
-    column = tl.arange(0, BLOCK_W)
-    count = tl.sum((tl.load(entries + column, mask=column < width, other=-1) >= 0).to(tl.int32), 0)
+    count = tl.zeros((), tl.int32)
+    for first in range(0, width, BLOCK_W):
+        column = first + tl.arange(0, BLOCK_W)
+        count += tl.sum((tl.load(entries + column, mask=column < width, other=-1) >= 0).to(tl.int32), 0)
     moved = tl.zeros((), tl.int64)
     found = tl.zeros((), tl.int64)
     for entry in range(count):
@@ -255,10 +257,9 @@ def _copy_chunk(source: tl.tensor, target: tl.tensor, chunk: tl.tensor, words: t
     tl.store(target + at, value, mask=at < words)
 
 
-def _options(width: int, ahead: bool) -> dict[str, int | bool]:
+def _options(ahead: bool) -> dict[str, int | bool]:
     """Choose so few warps that each thread has several loads of 16 bytes in flight."""
-    block_w = triton.next_power_of_2(width)
-    return {"AHEAD": ahead, "LANES": LANES, "CHUNK": CHUNK, "BLOCK_W": block_w, "num_warps": 4}
+    return {"AHEAD": ahead, "LANES": LANES, "CHUNK": CHUNK, "BLOCK_W": 128, "num_warps": 4}
 
 
 def _check(entries: Tensor, pool: Tensor, progress: Tensor) -> None:
@@ -296,7 +297,7 @@ def fetch_triton(
         num_experts,
         slot_words,
         width,
-        **_options(width, False),
+        **_options(False),
     )
 
 
@@ -328,7 +329,7 @@ def fetch_ahead_triton(
         num_experts,
         slot_words,
         width,
-        **_options(width, True),
+        **_options(True),
     )
 
 
@@ -339,6 +340,6 @@ def configurations(dtype: torch.dtype, capability: int) -> list[Configuration]:
     demand = types | {"copied": "*i64:16", "present": "*i64:16"}
     ahead = types | {"clock": "*i64:16", "issued": "*i64:16", "copied": "*i64"}
     return [
-        Configuration(_fetch_kernel, demand, _options(512, False), wide_loads=True),
-        Configuration(_fetch_kernel, ahead, _options(64, True), wide_loads=True),
+        Configuration(_fetch_kernel, demand, _options(False), wide_loads=True),
+        Configuration(_fetch_kernel, ahead, _options(True), wide_loads=True),
     ]

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from duomoe.checkpoint import HOST, STORED_DTYPES, Checkpoint, is_finite
+from duomoe.checkpoint import STORED_DTYPES, Checkpoint, is_finite
 from duomoe.errors import InputError
 from duomoe.experts.format import ExpertFormat
 from duomoe.experts.matrix import Fp8Matrix, Int4Matrix, Matrix, PackedMatrix, PlainMatrix
@@ -141,13 +141,25 @@ class StoredMatrices:
                     supported = ", ".join(dtypes)
                     raise InputError(f"{stored.path}: {name} is stored as {stored.dtype}; supported: {supported}")
 
-    def read(self, name: str, shape: tuple[int, ...], device: torch.device = HOST) -> Matrix:
-        """Return a matrix that has been through `check`, on a device.
+    def read(self, name: str, shape: tuple[int, ...], pinned: bool = False) -> list[Tensor]:
+        """Return what a matrix that has been through `check` is stored as, in host memory, for `matrix`.
+
+        Args:
+            name: of the parameter.
+            shape: of it.
+            pinned: into memory that a GPU copies from at full speed, where the system allows it.
 
         Raises:
-            InputError: when reading fails, its scales are not finite, or a GPTQ matrix has its inputs out of order.
+            InputError: when reading fails.
         """
-        parts = [self.checkpoint.read(each, device) for each in self.tensors(name, shape)]
+        return [self.checkpoint.read(each, pinned) for each in self.tensors(name, shape)]
+
+    def matrix(self, name: str, shape: tuple[int, ...], parts: list[Tensor]) -> Matrix:
+        """Return the matrix that `read` has read, where its parts are by now.
+
+        Raises:
+            InputError: when its scales are not finite, or a GPTQ matrix has its inputs out of order.
+        """
         if len(parts) == 1:
             return PlainMatrix(parts[0])
         assert self.quantization is not None
@@ -158,7 +170,7 @@ class StoredMatrices:
             return Fp8Matrix(parts[0], scales.float())
         group, inner = self.quantization.group_size, shape[1]
         weight, zeros, *groups_of = parts[0], parts[1], *parts[3:]
-        if groups_of and not torch.equal(groups_of[0].long(), torch.arange(inner, device=device) // group):
+        if groups_of and not torch.equal(groups_of[0].long(), torch.arange(inner, device=weight.device) // group):
             raise InputError(f"{path}: {name} is quantised in another order (desc_act), which is not supported")
         order = AWQ_ORDER if self.quantization.method == "awq" else GPTQ_ORDER
         nibbles = _unpack(weight, order).T if order is AWQ_ORDER else _unpack(weight.T, order)
@@ -174,10 +186,65 @@ def _unpack(packed: Tensor, order: Sequence[int]) -> Tensor:
     return found.flatten(1)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a matrix of an expert belongs in its row.
+
+    Attributes:
+        source: the parameter's name in the checkpoint.
+        shape: of it.
+        name: of the row's tensor that holds it, 'gate_up' or 'down'.
+        index: which of the matrices stacked there it is.
+        count: how many there are.
+    """
+
+    source: str
+    shape: tuple[int, ...]
+    name: str
+    index: int
+    count: int
+
+
+def places(sources: Mapping[str, Sources]) -> list[Place]:
+    """Return the places of an expert's matrices, by its sources (Architecture.expert_sources)."""
+    return [
+        Place(source, shape, name, index, len(matrices))
+        for name, matrices in sources.items()
+        for index, (source, shape) in enumerate(matrices)
+    ]
+
+
+def fill(
+    stored: StoredMatrices, expert_format: ExpertFormat, place: Place, parts: list[Tensor], row: Tensor, filled: Filled
+) -> None:
+    """Put a matrix into its place, converted where its parts are.
+
+    Args:
+        stored: the checkpoint's matrices.
+        expert_format: of the row.
+        place: the matrix, and where it belongs.
+        parts: what `StoredMatrices.read` has read of it, on any device by now.
+        row: uint8 [row_bytes], on any device.
+        filled: is told what there is to be said of it.
+
+    Raises:
+        InputError: as `StoredMatrices.matrix`, and when the matrix has values that the format cannot hold.
+        DoesNotPack: when the format is packed and the matrix does not pack.
+    """
+    matrix = stored.matrix(place.source, place.shape, parts)
+    if isinstance(matrix, PlainMatrix) and not is_finite(matrix.weight):
+        filled.not_finite.append(place.source)
+    views = {name: view[0] for name, view in expert_format.views(row[None]).items()}
+    try:
+        filled.compare(matrix, expert_format.write(matrix, views, place.name, place.index, place.count))
+    except InputError as problem:
+        raise InputError(f"{stored.checkpoint.path}: {place.source} {problem}") from None
+
+
 def fill_row(
     stored: StoredMatrices, expert_format: ExpertFormat, sources: Mapping[str, Sources], row: Tensor
 ) -> Filled:
-    """Fill an expert's row from a checkpoint; matrices are converted where the row is.
+    """Fill an expert's row from a checkpoint; what needs converting is converted on the host.
 
     Args:
         stored: the checkpoint's matrices, which have been through `check`.
@@ -186,22 +253,20 @@ def fill_row(
         row: uint8 [row_bytes], on any device.
 
     Raises:
-        InputError: as `StoredMatrices.read`, and when a matrix has values that the format cannot hold.
-        DoesNotPack: when the format is packed and a matrix does not pack.
+        InputError: when reading fails, and as `fill`.
+        DoesNotPack: as `fill`.
     """
-    views = {name: view[0] for name, view in expert_format.views(row[None]).items()}
     filled = Filled()
-    for name, matrices in sources.items():
-        for place, (source, shape) in enumerate(matrices):
-            if expert_format.name == "plain" and not stored.is_quantised(source, shape):
-                finite = stored.checkpoint.read_into(source, views[name].chunk(len(matrices))[place])
-            else:
-                matrix = stored.read(source, shape, row.device)
-                finite = not isinstance(matrix, PlainMatrix) or is_finite(matrix.weight)
-                try:
-                    filled.compare(matrix, expert_format.write(matrix, views, name, place, len(matrices)))
-                except InputError as problem:
-                    raise InputError(f"{stored.checkpoint.path}: {source} {problem}") from None
-            if not finite:
-                filled.not_finite.append(source)
+    for place in places(sources):
+        if needs_converting(stored, expert_format, place):
+            fill(stored, expert_format, place, stored.read(place.source, place.shape), row, filled)
+        else:
+            view = expert_format.views(row[None])[place.name][0].chunk(place.count)[place.index]
+            if not stored.checkpoint.read_into(place.source, view):
+                filled.not_finite.append(place.source)
     return filled
+
+
+def needs_converting(stored: StoredMatrices, expert_format: ExpertFormat, place: Place) -> bool:
+    """Return whether more than a float's type changes when a matrix goes into a row."""
+    return expert_format.name != "plain" or stored.is_quantised(place.source, place.shape)

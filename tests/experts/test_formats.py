@@ -20,7 +20,7 @@ from duomoe.checkpoint import Checkpoint
 from duomoe.experts.compute import ExpertSum, LayerSum, worth_expanding
 from duomoe.experts.format import ALIGNMENT, ExpertFormat, fp8_format, int4_format, packed_format, plain_format
 from duomoe.experts.matrix import DoesNotPack, PlainMatrix, to_fp8, to_int4
-from duomoe.experts.stored import Filled, StoredMatrices, fill_row
+from duomoe.experts.stored import Filled, StoredMatrices, fill, fill_row, places
 from duomoe.kernels import expand
 from duomoe.kernels.quantised import dequantise
 from duomoe.models.batch import Routing
@@ -122,9 +122,13 @@ def test_rows_made_on_a_gpu_are_those_made_on_the_host(case: str, shape: tuple[i
     layer = Layer(tmp_path, make, *shape)
     stored, expert_format = layer.stored(quantization), format_of(*shape)
     rows = layer.rows(expert_format)
-    on_gpu = rows.cuda()
     on_host = fill_rows(stored, expert_format, layer.sources, rows)
-    assert fill_rows(stored, expert_format, layer.sources, on_gpu).error == pytest.approx(on_host.error)
+    on_gpu, filled = torch.full_like(rows, 0xFF, device="cuda"), Filled()
+    for sources, row in zip(layer.sources, on_gpu, strict=True):
+        for place in places(sources):
+            parts = [part.cuda() for part in stored.read(place.source, place.shape)]
+            fill(stored, expert_format, place, parts, row, filled)
+    assert filled.error == pytest.approx(on_host.error)
     assert torch.equal(on_gpu.cpu(), rows)
 
 
