@@ -133,7 +133,7 @@ class Checkpoint:
         bounces = [] if direct else self._bounces(pinned=destination.is_cuda)
         crossed: list[torch.cuda.Event | None] = [None, None]
         step = PIECE_BYTES // dtype.itemsize
-        finite = True
+        usable = True
         with stored.path.open("rb", buffering=0) as file:
             for number, low in enumerate(range(0, flat.numel(), step)):
                 target = flat[low : low + step]
@@ -148,8 +148,8 @@ class Checkpoint:
                 if destination.is_cuda:  # the piece crosses while the next one is read into the other buffer
                     crossed[number % 2] = torch.cuda.current_stream().record_event()
                 else:
-                    finite = finite and is_finite(target)
-        return is_finite(flat) if destination.is_cuda else finite
+                    usable = usable and bool(finite(target))
+        return bool(finite(flat)) if destination.is_cuda else usable  # host-sync ok: while weights are loaded
 
     def _bounces(self, pinned: bool) -> list[Tensor]:
         """Return this thread's two buffers."""
@@ -246,14 +246,14 @@ def _stored(path: Path, start: int, entry: dict[str, Any]) -> StoredTensor:
     return tensor
 
 
-def is_finite(values: Tensor) -> bool:
-    """Return whether floats are all finite; on a GPU, wait for them.
+def finite(values: Tensor) -> Tensor:
+    """Return whether floats are all finite, bool [] on their device.
 
     Their least and largest say so, since NaN is passed on: one pass over them, many times as fast as `isfinite`.
     """
     if values.numel() == 0:
-        return True
-    return bool(torch.stack(torch.aminmax(values.view(-1))).isfinite().all())  # host-sync ok: while weights are loaded
+        return torch.ones((), dtype=torch.bool, device=values.device)
+    return torch.stack(torch.aminmax(values)).isfinite().all()
 
 
 def _host_memory(size: int, pinned: bool) -> Tensor:

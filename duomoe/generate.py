@@ -61,6 +61,7 @@ def _run(args: argparse.Namespace) -> None:
     # Torch takes seconds to import: late, so that --help and a mistyped option answer at once.
     with startup.part("importing"):
         from duomoe.llm import LLM
+        from duomoe.model_folder import ModelFolder
         from duomoe.sampling import SamplingParams
 
     params = SamplingParams(
@@ -72,14 +73,23 @@ def _run(args: argparse.Namespace) -> None:
         stop=tuple(args.stop),
         ignore_eos=args.ignore_eos,
     )
+    with startup.part("opening"):
+        folder = ModelFolder(args.model)
+        tokenizer = folder.need_tokenizer()
+        tokens = tokenizer.encode_chat(prompt) if args.chat else tokenizer.encode(prompt)
     with startup.counting_kernels():
-        llm = LLM(args.model, engine_config(args), startup=startup)
+        llm = LLM(folder, engine_config(args), startup=startup, prompts=[len(tokens)])
         llm.prepare(1, params)
-        _generate(llm, prompt, params, args)
+        completion = _generate(llm, tokens, params, args)
+    if args.json:
+        write(json.dumps(as_json(completion, llm, prompt), ensure_ascii=False) + "\n")
+    if args.verbose:
+        say(llm.startup.line())
+    say(_summary(completion, llm))
 
 
-def _generate(llm: "LLM", prompt: str, params: "SamplingParams", args: argparse.Namespace) -> None:
-    """Write the continuation, and what there is to say of the run."""
+def _generate(llm: "LLM", tokens: list[int], params: "SamplingParams", args: argparse.Namespace) -> "Completion":
+    """Say what there is to say of the model, and write the continuation as it comes."""
     if args.verbose:
         say(llm.plan.table())
         if any(llm.quantisation_errors):
@@ -87,12 +97,12 @@ def _generate(llm: "LLM", prompt: str, params: "SamplingParams", args: argparse.
             say("experts' error by quantisation: " + ", ".join(f"layer {n} {100 * error:.2f} %" for n, error in each))
         if llm.unpacked_layers:
             say("experts that do not pack and stay plain: layer " + ", ".join(map(str, llm.unpacked_layers)))
-    completion = _stream(llm, prompt, params, args.chat, show=not args.json)
-    if args.json:
-        write(json.dumps(as_json(completion, llm, prompt), ensure_ascii=False) + "\n")
-    if args.verbose:
-        say(llm.startup.line())
-    say(_summary(completion, llm))
+    for chunk in llm.stream(tokens, params):
+        if not args.json:
+            write(chunk.text + ("\n" if chunk.completion else ""))
+        if chunk.completion:
+            return chunk.completion
+    raise AssertionError("a stream ends with its completion")
 
 
 def as_json(completion: "Completion", llm: "LLM", prompt: str) -> dict[str, object]:
@@ -126,15 +136,6 @@ def _read_prompt(args: argparse.Namespace) -> str:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeError:
         raise InputError("the prompt is not UTF-8 text") from None
-
-
-def _stream(llm: "LLM", prompt: str, params: "SamplingParams", chat: bool, show: bool) -> "Completion":
-    for chunk in llm.stream(llm.chat_tokens(prompt) if chat else prompt, params):
-        if show:
-            write(chunk.text + ("\n" if chunk.completion else ""))
-        if chunk.completion:
-            return chunk.completion
-    raise AssertionError("a stream ends with its completion")
 
 
 def _summary(completion: "Completion", llm: "LLM") -> str:

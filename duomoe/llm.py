@@ -15,6 +15,7 @@ from torch import Tensor
 from duomoe.config import EngineConfig
 from duomoe.engine.decode_step import DecodeStep
 from duomoe.engine.engine import Engine
+from duomoe.engine.rehearsal import Rehearsal
 from duomoe.engine.request import Request
 from duomoe.engine.scheduler import Scheduler
 from duomoe.errors import InputError
@@ -32,7 +33,7 @@ from duomoe.models.config import token_ids
 from duomoe.sampling import SamplingParams
 from duomoe.sizes import format_size
 from duomoe.startup import Startup
-from duomoe.tokenizer import TextStream, Tokenizer
+from duomoe.tokenizer import TextStream
 
 __all__ = ["EMBEDDED_MODEL", "LLM", "Chunk", "Completion", "Metrics"]
 
@@ -76,10 +77,11 @@ class LLM:
     """A model, ready to generate.
 
     Args:
-        path: a folder in Hugging Face layout; None is the model that comes with this package.
+        path: a folder in Hugging Face layout, perhaps read already; None is the model that comes with this package.
         config: how to run it; alternatively its fields as keyword arguments.
         quiet: show no progress while loading.
         startup: what times and shows the parts of starting; None is a new one.
+        prompts: lengths, in tokens, of prompts to come: on a GPU, what they need is compiled while weights load.
 
     Attributes:
         startup: how long the parts of starting have taken.
@@ -94,11 +96,12 @@ class LLM:
 
     def __init__(
         self,
-        path: str | os.PathLike[str] | None = None,
+        path: ModelFolder | str | os.PathLike[str] | None = None,
         config: EngineConfig | None = None,
         *,
         quiet: bool = True,
         startup: Startup | None = None,
+        prompts: Sequence[int] = (),
         **options: object,
     ) -> None:
         if config is not None and options:
@@ -109,12 +112,10 @@ class LLM:
             raise TypeError(f"LLM: {error}") from None
         self.startup = startup or Startup(quiet)
         with self.startup.part("opening"):
-            folder = ModelFolder(path)
+            folder = path if isinstance(path, ModelFolder) else ModelFolder(path)
             self.plan = self.engine_config.plan(folder)
-            checkpoint = folder.checkpoint
-            has_tokenizer = (checkpoint.path / "tokenizer.json").exists()
-            self.tokenizer = Tokenizer(checkpoint) if has_tokenizer else None
-            generation = checkpoint.read_json("generation_config.json") or {}
+            self.tokenizer = folder.tokenizer
+            generation = folder.checkpoint.read_json("generation_config.json") or {}
         also = token_ids(generation.get("eos_token_id"), "generation_config.json")
         self.config = folder.config
         self.eos_token_ids = frozenset(self.config.eos_token_ids) | frozenset(also)
@@ -124,11 +125,11 @@ class LLM:
         if self.plan.device == "cuda":
             check_kernel_cache()
         try:
-            self._build(folder)
+            self._build(folder, prompts)
         except torch.OutOfMemoryError:
             raise InputError("the GPU's memory ran out while loading; lower --gpu-memory or free some") from None
 
-    def _build(self, folder: ModelFolder) -> None:
+    def _build(self, folder: ModelFolder, prompts: Sequence[int]) -> None:
         """Allocate what the plan says, load the weights, and put the engine together."""
         plan = self.plan
         device = self.engine_config.torch_device()
@@ -146,6 +147,7 @@ class LLM:
             pin=not resident and device.type == "cuda",
         )
         # Of each layer with experts; all 0 where they are as the checkpoint stores them.
+        rehearsal = Rehearsal(model, plan.expert_format, prompts) if prompts and device.type == "cuda" else None
         self.quantisation_errors = load_weights(folder, model, store, plan.loading_room, self.startup)
         formats = zip(self.config.moe_layers, store.formats, strict=True)
         # Those that were to be packed and do not pack.
@@ -165,6 +167,9 @@ class LLM:
                 )
         else:
             assert store.num_bytes == plan.num_experts * plan.row_bytes, "the store is not as planned"
+        if rehearsal is not None:
+            with self.startup.part("capturing"):
+                rehearsal.wait()
         model.share_equal_head()
         if device.type == "cuda":
             torch.cuda.empty_cache()  # what comparing the heads took is not to count beside what follows
@@ -287,7 +292,7 @@ class LLM:
         Raises:
             InputError: when there is no tokenizer or no template.
         """
-        return self._need_tokenizer().encode_chat(message)
+        return self._folder.need_tokenizer().encode_chat(message)
 
     def _run(self, requests: list[Request]) -> Iterator[tuple[Request, Chunk]]:
         scheduler = self.engine.scheduler
@@ -343,7 +348,7 @@ class LLM:
         """Return a prompt's token ids, having checked that they fit, with `room` for as many new ones."""
         if not isinstance(prompt, str | list | tuple):
             raise InputError(f"a prompt is a string or a list of token ids, not {type(prompt).__name__}")
-        tokens = self._need_tokenizer().encode(prompt) if isinstance(prompt, str) else list(prompt)
+        tokens = self._folder.need_tokenizer().encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not tokens:
             raise InputError("the prompt is empty")
         for token in tokens:
@@ -356,8 +361,3 @@ class LLM:
                 f"the prompt has {len(tokens)} tokens; prompt and answer may have {self.max_model_len} tokens"
             )
         return tokens
-
-    def _need_tokenizer(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise InputError("this checkpoint has no tokenizer.json; give the prompt as token ids")
-        return self.tokenizer

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from duomoe.checkpoint import Checkpoint, warn
+from duomoe.experts.conversion import Conversion
 from duomoe.experts.format import ExpertFormat, plain_format
 from duomoe.experts.matrix import DoesNotPack
 from duomoe.experts.store import ExpertStore
-from duomoe.experts.stored import Filled, Place, StoredMatrices, fill, fill_row, needs_converting, places
+from duomoe.experts.stored import Filled, StoredMatrices, fill_row, needs_converting, places
 from duomoe.model_folder import ModelFolder
 from duomoe.models import Model
 from duomoe.models.model import expected_tensors
@@ -34,12 +35,12 @@ R = TypeVar("R")
 # Files in the page cache are read faster by more threads, at 50 GB/s by 16 (docs/measurements.md).
 FEWEST_THREADS, MOST_THREADS = 4, 16
 
-# What is read ahead of its conversion has at most so many bytes, but for one matrix beside the one that is converted.
+# What is read ahead of its conversion has at most so many bytes, but for one expert beside the one that is converted.
 AHEAD_BYTES = 128 << 20
 
-# What converting holds on a GPU for each value of a matrix: itself, and what it becomes. Quantising, and undoing it, go
-# through float32.
-PACKING_BYTES, QUANTISING_BYTES = 8, 40
+# What converting holds on a GPU for each value: at most float32 as it is stored, and for the matrix under way what is
+# made of it. Quantising, and undoing it, go through float32.
+STORED_BYTES, PACKING_BYTES, QUANTISING_BYTES = 4, 8, 40
 
 # What torch's allocator may reserve beyond that: two segments that are not full.
 SEGMENT_BYTES = 64 << 20
@@ -176,6 +177,7 @@ class _Experts:
         self.folder, self.store, self.threads, self.startup = folder, store, threads, startup
         self.stored, self.device = folder.stored, device
         self.on_gpu = device.type == "cuda" and _bytes_to_convert(folder, store.format) <= room
+        self.conversions: dict[str, Conversion] = {}  # by how an expert is stored
 
     def load(self) -> list[float]:
         """Add all layers, and return what each has lost by being quantised."""
@@ -220,7 +222,7 @@ class _Experts:
         try:
             for future, sources in zip(futures, experts, strict=True):
                 together.add(future.result())
-                self.startup.load(sum(self._size(place) for place in places(sources)))
+                self.startup.load(self._size(sources))
         except DoesNotPack:
             for future in futures:
                 future.cancel()
@@ -230,33 +232,47 @@ class _Experts:
 
     def _convert(self, expert_format: ExpertFormat, experts: list[dict[str, Sources]], rows: Tensor) -> Filled:
         """Convert on the GPU what the threads read."""
-        filled = Filled()
-        every = [(index, place) for index, sources in enumerate(experts) for place in places(sources)]
-        jobs = (
-            ((index, place), self._size(place), partial(self.stored.read, place.source, place.shape, pinned=True))
-            for index, place in every
-        )
-        row = torch.empty_like(rows[0], device=self.device)
-        last = dict(every)
-        for (index, place), parts in self.threads.run_ahead(jobs):
+        stored = self.stored
+
+        def read(sources: dict[str, Sources]) -> list[list[Tensor]]:
+            return [stored.read(place.source, place.shape, pinned=True) for place in places(sources)]
+
+        held = torch.empty(len(experts), dtype=torch.bool, device=self.device)
+        jobs = ((index, self._size(sources), partial(read, sources)) for index, sources in enumerate(experts))
+        for index, parts in self.threads.run_ahead(jobs):
             begin = time.perf_counter()
-            there = [part.to(self.device, non_blocking=True) for part in parts]
-            fill(self.stored, expert_format, place, there, row, filled)
-            if place is last[index]:
-                rows[index].copy_(row, non_blocking=True)
+            conversion = self._conversion(experts[index], parts)
+            conversion.run(parts)
+            held[index].copy_(conversion.holds)
+            rows[index].copy_(conversion.row, non_blocking=True)
             self.startup.spend("converting", time.perf_counter() - begin)
-            self.startup.load(self._size(place))
-        torch.cuda.current_stream().synchronize()  # host-sync ok: while weights are loaded
+            self.startup.load(self._size(experts[index]))
+        filled = Filled()
+        for index, holds in enumerate(held.tolist()):  # host-sync ok: while weights are loaded
+            if not holds:  # the host finds out what, and says so
+                filled.not_finite += fill_row(stored, expert_format, experts[index], rows[index]).not_finite
+        for conversion in self.conversions.values():
+            filled.count(*conversion.squares.tolist())  # host-sync ok: while weights are loaded
+            conversion.squares.zero_()
         return filled
 
-    def _size(self, place: Place) -> int:
-        """Return the bytes of what a matrix is stored as."""
-        names = self.stored.tensors(place.source, place.shape)
+    def _conversion(self, sources: dict[str, Sources], parts: list[list[Tensor]]) -> Conversion:
+        """Return the conversion of experts that are stored like this one."""
+        alike = str([(part.shape, part.dtype) for each in parts for part in each])
+        if alike not in self.conversions:
+            self.conversions[alike] = Conversion(self.stored, self.store.format, places(sources), parts, self.device)
+        return self.conversions[alike]
+
+    def _size(self, sources: dict[str, Sources]) -> int:
+        """Return the bytes of what an expert is stored as."""
+        names = (name for place in places(sources) for name in self.stored.tensors(place.source, place.shape))
         return sum(self.stored.checkpoint.tensors[name].size for name in names)
 
 
 def _bytes_to_convert(folder: ModelFolder, expert_format: ExpertFormat) -> int:
-    """Return what converting experts holds on a GPU at most."""
-    values = folder.config.hidden_size * folder.config.moe_intermediate_size
-    keeps_values = not expert_format.quantised and folder.config.quantization is None
-    return expert_format.row_bytes + values * (PACKING_BYTES if keeps_values else QUANTISING_BYTES) + SEGMENT_BYTES
+    """Return what converting an expert holds on a GPU at most: as it is stored, its row, and what is in between."""
+    config = folder.config
+    values = config.hidden_size * config.moe_intermediate_size
+    keeps_values = not expert_format.quantised and config.quantization is None
+    of_matrix = values * (PACKING_BYTES if keeps_values else QUANTISING_BYTES)
+    return 3 * values * STORED_BYTES + expert_format.row_bytes + of_matrix + SEGMENT_BYTES

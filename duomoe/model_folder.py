@@ -3,6 +3,7 @@
 import math
 import os
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from duomoe.experts.format import ExpertFormat, fp8_format, int4_format, packed_
 from duomoe.experts.stored import StoredMatrices
 from duomoe.models import architecture_of
 from duomoe.models.model import dense_tensors, expected_tensors, expert_tensors
+from duomoe.tokenizer import Tokenizer
 
 EMBEDDED_MODEL = Path(__file__).parent / "assets"
 
@@ -99,6 +101,21 @@ class ModelFolder:
         if self.config.quantization is None or not scales:
             return int4_format(*size, INT4_GROUP, torch.float16)
         return int4_format(*size, self.config.quantization.group_size, min(scales, key=str))
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer; None where there is no tokenizer.json."""
+        return Tokenizer(self.checkpoint) if (self.checkpoint.path / "tokenizer.json").exists() else None
+
+    def need_tokenizer(self) -> Tokenizer:
+        """Return the tokenizer.
+
+        Raises:
+            InputError: when there is none.
+        """
+        if self.tokenizer is None:
+            raise InputError("this checkpoint has no tokenizer.json; give the prompt as token ids")
+        return self.tokenizer
 
     def routers(self) -> list[str]:
         """Return the names of the tensors that hold the routers."""

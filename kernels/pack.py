@@ -5,20 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from duomoe.kernels.bf16_packed import GROUP, MOST_CODE, pack_bf16, patch_room, weight_bytes, weight_words
+from duomoe.kernels.bf16_packed import GROUP, MOST_CODE, patch_room, weight_bytes, weight_words
 from duomoe.kernels.configuration import TRITON_TYPE, Configuration
 
 # The same for kernels.
 _GROUP, _MOST_CODE = tl.constexpr(GROUP), tl.constexpr(MOST_CODE)
-
-
-def pack(values: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Pack a matrix, bfloat16 [outer, inner], where it is.
-
-    Returns:
-        Weights, bases and patches (bf16_packed.py); None when it has more patches than there is room for.
-    """
-    return pack_triton(values) if values.is_cuda else pack_bf16(values)
 
 
 @triton.jit
@@ -60,7 +51,7 @@ def _count_patches_kernel(
     tl.store(counts + row, tl.sum(patches, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("room",))
 def _pack_kernel(
     values: tl.tensor,
     bases: tl.tensor,
@@ -68,9 +59,10 @@ def _pack_kernel(
     weights: tl.tensor,
     patches: tl.tensor,
     inner: tl.tensor,
+    room: tl.tensor,
     GROUPS: tl.constexpr,
 ) -> None:
-    """Each program packs one row, whose patches are numbered from `starts` on."""
+    """Each program packs one row, whose patches are numbered from `starts` on; those beyond the room are not stored."""
     row = tl.program_id(0).to(tl.int64)
     base = tl.load(bases + row).to(tl.int32)
     used = tl.load(starts + row)
@@ -95,34 +87,36 @@ def _pack_kernel(
         tl.store(bytes_at + 2 * group + 1, high, mask=kept)
         tl.store(codes_at + group, tl.where(far != 0, 0, tl.sum(code << code_shift, 1)), mask=kept)
         patch = patches + (number * _GROUP)[:, None] + value[None, :]
-        tl.store(patch, bits.to(tl.int16), mask=(kept & (far != 0))[:, None] & (value >= 0)[None, :])
+        tl.store(patch, bits.to(tl.int16), mask=(kept & (far != 0) & (number < room))[:, None] & (value >= 0)[None, :])
 
 
 OPTIONS = {"GROUPS": 128, "num_warps": 4}
 
 
-def pack_triton(values: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Launch the kernels of `pack`; waits for the number of patches between them."""
+def pack(values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pack a matrix, bfloat16 [outer, inner], on its GPU; the host does not wait.
+
+    Returns:
+        Weights, bases and patches (bf16_packed.py), and whether the patches fit into their room, bool []; where they do
+        not, the rest is no matrix.
+    """
     outer, inner = values.shape
     values = values.contiguous()
     bases = values.new_empty(outer, dtype=torch.uint8)
     counts = values.new_empty(outer, dtype=torch.int32)
     _count_patches_kernel[(outer,)](values, bases, counts, inner, **OPTIONS)
-    ends = counts.cumsum(0, dtype=torch.int32)
-    room = patch_room(outer, inner)
-    if int(ends[-1]) > room:  # host-sync ok: weights are packed while they are loaded
-        return None
+    ends, room = counts.cumsum(0, dtype=torch.int32), patch_room(outer, inner)
     weights = values.new_empty(outer, weight_bytes(inner), dtype=torch.uint8)
     patches = values.new_zeros(room, GROUP, dtype=torch.int16)
     words = weights.view(torch.int32)
-    _pack_kernel[(outer,)](values, bases, ends - counts, words, patches, inner, **OPTIONS)
-    return weights, bases, patches
+    _pack_kernel[(outer,)](values, bases, ends - counts, words, patches, inner, room, **OPTIONS)
+    return weights, bases, patches, ends[-1] <= room
 
 
 def configurations(dtype: torch.dtype, capability: int) -> list[Configuration]:
     """List both kernels; values are bfloat16, whatever the model's dtype."""
     types = {"values": f"*{TRITON_TYPE[torch.bfloat16]}:16", "bases": "*u8:16", "inner": "i32:16"}
-    packing = types | {"starts": "*i32:16", "weights": "*i32:16", "patches": "*i16:16"}
+    packing = types | {"starts": "*i32:16", "weights": "*i32:16", "patches": "*i16:16", "room": "i32"}
     return [
         Configuration(_count_patches_kernel, types | {"counts": "*i32:16"}, OPTIONS),
         Configuration(_pack_kernel, packing, OPTIONS),

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from duomoe.experts.matrix import Matrix, to_fp8, to_int4, to_packed, to_plain
+from duomoe.experts.matrix import Matrix, Require, to_fp8, to_int4, to_packed, to_plain
 from duomoe.kernels.bf16_packed import GROUP as PATCH
 from duomoe.kernels.bf16_packed import patch_room, weight_bytes
 from duomoe.kernels.quantised import block_shape, packed_width, scale_shape
@@ -58,7 +58,7 @@ class ExpertFormat:
     name: str  # 'plain', 'fp8', 'int4' or 'bf16-packed'
     tensors: Mapping[str, RowTensor]
     row_bytes: int
-    convert: Callable[[Matrix], Matrix]  # to the form whose `row_tensors` a row holds
+    convert: Callable[[Matrix, Require], Matrix]  # to the form whose `row_tensors` a row holds
     fp8_activations: bool = False  # whether the activations of many tokens are quantised, too (ExpertSum)
 
     @property
@@ -83,7 +83,9 @@ class ExpertFormat:
             for name, item in self.tensors.items()
         }
 
-    def write(self, matrix: Matrix, views: Mapping[str, Tensor], name: str, index: int, count: int) -> Matrix:
+    def write(
+        self, matrix: Matrix, views: Mapping[str, Tensor], name: str, index: int, count: int, require: Require
+    ) -> Matrix:
         """Put a matrix into its place in an expert's row, and return it as it is there.
 
         Args:
@@ -92,12 +94,9 @@ class ExpertFormat:
             name: of the tensor that holds the matrix, 'gate_up' or 'down'.
             index: which of the matrices stacked there it is.
             count: how many there are.
-
-        Raises:
-            InputError: when the matrix has values that the format cannot hold.
-            DoesNotPack: when it would have more bytes packed than there is room for.
+            require: is asked that the format can hold its values (InputError), and has room for them (DoesNotPack).
         """
-        converted = self.convert(matrix)
+        converted = self.convert(matrix, require)
         for suffix, tensor in zip(SUFFIXES, converted.row_tensors(), strict=False):
             views[name + suffix].chunk(count)[index].copy_(tensor)
         return converted
@@ -109,7 +108,7 @@ def plain_format(hidden_size: int, intermediate_size: int, dtype: torch.dtype) -
     def stored(outer: int, inner: int) -> list[Stored]:
         return [((outer, inner), dtype)]
 
-    return _format("plain", hidden_size, intermediate_size, stored, lambda matrix: to_plain(matrix, dtype))
+    return _format("plain", hidden_size, intermediate_size, stored, lambda matrix, _: to_plain(matrix, dtype))
 
 
 def packed_format(hidden_size: int, intermediate_size: int) -> ExpertFormat:
@@ -139,7 +138,10 @@ def int4_format(hidden_size: int, intermediate_size: int, group: int, scale_dtyp
         groups = scale_shape(outer, inner, group)
         return [((outer, packed_width(inner)), torch.uint8), (groups, scale_dtype), (groups, torch.uint8)]
 
-    return _format("int4", hidden_size, intermediate_size, stored, lambda matrix: to_int4(matrix, group, scale_dtype))
+    def convert(matrix: Matrix, require: Require) -> Matrix:
+        return to_int4(matrix, group, scale_dtype, require)
+
+    return _format("int4", hidden_size, intermediate_size, stored, convert)
 
 
 def _format(
@@ -147,7 +149,7 @@ def _format(
     hidden_size: int,
     intermediate_size: int,
     stored: Callable[[int, int], list[Stored]],
-    convert: Callable[[Matrix], Matrix],
+    convert: Callable[[Matrix, Require], Matrix],
 ) -> ExpertFormat:
     """Lay out a row: `stored` says in what tensors a matrix [outer, inner] is kept."""
     tensors, offset = {}, 0

@@ -1,20 +1,33 @@
 """A matrix of an expert on its way from a checkpoint into a row: plain, packed, fp8 in blocks, or int4 in groups.
 
 Whatever a checkpoint stores becomes one of these, whatever a row holds comes from one, and all know their values in
-float32. A conversion that has no short cut goes through the values.
+float32. A conversion that has no short cut goes through the values. What must hold of these is asked of `require`: on
+the host at once, on a GPU for all that has been converted, when it has been.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from duomoe.checkpoint import finite
 from duomoe.errors import InputError
+from duomoe.kernels.bf16_packed import pack_bf16
 from duomoe.kernels.pack import pack
 from duomoe.kernels.quantised import FP8_BLOCK, dequantise, pack_int4, scale_shape
 
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
+
+# Is told what must hold, bool [], and what is to be raised where it does not.
+Require = Callable[[Tensor, Exception], None]
+
+
+def at_once(holds: Tensor, problem: Exception) -> None:
+    """Raise the problem unless the condition holds."""
+    if not bool(holds):  # host-sync ok: while weights are loaded
+        raise problem
 
 
 @dataclass(frozen=True)
@@ -120,20 +133,24 @@ def to_plain(matrix: Matrix, dtype: torch.dtype) -> PlainMatrix:
     return PlainMatrix((matrix.weight if isinstance(matrix, PlainMatrix) else matrix.values()).to(dtype))
 
 
-def to_packed(matrix: Matrix) -> PackedMatrix:
+def to_packed(matrix: Matrix, require: Require = at_once) -> PackedMatrix:
     """Return a matrix's values as bfloat16 in 12 bits.
 
     Raises:
         DoesNotPack: when there are too many that are far from the others.
     """
-    values = to_plain(matrix, torch.bfloat16).weight
-    packed = pack(values.contiguous())
-    if packed is None:
+    values = to_plain(matrix, torch.bfloat16).weight.contiguous()
+    if values.is_cuda:
+        *packed, fits = pack(values)
+        require(fits, DoesNotPack())
+        return PackedMatrix(*packed, values.shape[1])
+    on_host = pack_bf16(values)
+    if on_host is None:
         raise DoesNotPack
-    return PackedMatrix(*packed, values.shape[1])
+    return PackedMatrix(*on_host, values.shape[1])
 
 
-def to_fp8(matrix: Matrix) -> Fp8Matrix:
+def to_fp8(matrix: Matrix, require: Require = at_once) -> Fp8Matrix:
     """Return a matrix quantised in blocks: the largest magnitude of a block becomes the largest of fp8.
 
     Raises:
@@ -146,14 +163,17 @@ def to_fp8(matrix: Matrix) -> Fp8Matrix:
     tall, wide = -(-outer // FP8_BLOCK), -(-inner // FP8_BLOCK)
     blocks = F.pad(values, (0, wide * FP8_BLOCK - inner, 0, tall * FP8_BLOCK - outer))
     blocks = blocks.view(tall, FP8_BLOCK, wide, FP8_BLOCK)
-    scales = _finite(blocks.abs().amax((1, 3)) / FP8_MAX)
-    scales[scales == 0] = 1.0
+    largest = blocks.abs().amax((1, 3))
+    # By a tensor: by a number, a GPU multiplies with its inverse, and rounds otherwise.
+    scales = largest / torch.full_like(largest, FP8_MAX)
+    require(finite(scales), _unusable())
+    scales = scales.masked_fill(scales == 0, 1.0)
     scaled = (blocks / scales[:, None, :, None]).clamp_(-FP8_MAX, FP8_MAX)
     weight = scaled.view(tall * FP8_BLOCK, -1)[:outer, :inner].to(torch.float8_e4m3fn)
     return Fp8Matrix(weight.contiguous(), scales)
 
 
-def to_int4(matrix: Matrix, group: int, scale_dtype: torch.dtype) -> Int4Matrix:
+def to_int4(matrix: Matrix, group: int, scale_dtype: torch.dtype, require: Require = at_once) -> Int4Matrix:
     """Return a matrix quantised in groups: the range of a group, zero included, becomes 0 to 15.
 
     Raises:
@@ -166,16 +186,14 @@ def to_int4(matrix: Matrix, group: int, scale_dtype: torch.dtype) -> Int4Matrix:
     groups = -(-inner // group)
     grouped = F.pad(values, (0, groups * group - inner)).view(outer, groups, group)
     low, high = grouped.amin(2).clamp_(max=0.0), grouped.amax(2).clamp_(min=0.0)
-    scales = _finite(((high - low) / 15).to(scale_dtype))
-    scales[scales == 0] = 1.0
+    scales = ((high - low) / torch.full_like(high, 15)).to(scale_dtype)
+    require(finite(scales), _unusable())
+    scales = scales.masked_fill(scales == 0, 1.0)
     zeros = (-low / scales.float()).round_().clamp_(0, 15)
     nibbles = (grouped / scales.float()[:, :, None]).round_().add_(zeros[:, :, None]).clamp_(0, 15)
     nibbles = nibbles.to(torch.uint8).view(outer, -1)[:, :inner]
     return Int4Matrix(nibbles, scales, zeros.to(torch.uint8), group)
 
 
-def _finite(scales: Tensor) -> Tensor:
-    """Return scales, having checked that they are finite."""
-    if not bool(scales.isfinite().all()):
-        raise InputError("holds NaN, infinity or too large values, and cannot be quantised")
-    return scales
+def _unusable() -> InputError:
+    return InputError("holds NaN, infinity or too large values, and cannot be quantised")

@@ -18,10 +18,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from duomoe.checkpoint import STORED_DTYPES, Checkpoint, is_finite
+from duomoe.checkpoint import STORED_DTYPES, Checkpoint, finite
 from duomoe.errors import InputError
 from duomoe.experts.format import ExpertFormat
-from duomoe.experts.matrix import Fp8Matrix, Int4Matrix, Matrix, PackedMatrix, PlainMatrix
+from duomoe.experts.matrix import (
+    Fp8Matrix,
+    Int4Matrix,
+    Matrix,
+    PackedMatrix,
+    PlainMatrix,
+    Require,
+    at_once,
+)
 from duomoe.kernels.quantised import FP8_BLOCK
 from duomoe.models.config import Quantization
 from duomoe.models.weights import Sources
@@ -47,17 +55,14 @@ class Filled:
     squared_norm: float = 0.0
     not_finite: list[str] = field(default_factory=list)
 
-    def compare(self, matrix: Matrix, converted: Matrix) -> None:
-        """Count what a matrix has lost, if it has been quantised."""
-        if converted is not matrix and not isinstance(converted, PlainMatrix | PackedMatrix):
-            values = matrix.values()
-            self.squared_error += float((converted.values() - values).square().sum(dtype=torch.float64))
-            self.squared_norm += float(values.square().sum(dtype=torch.float64))
+    def count(self, squared_error: float, squared_norm: float) -> None:
+        """Add up what quantised matrices have lost."""
+        self.squared_error += squared_error
+        self.squared_norm += squared_norm
 
     def add(self, other: "Filled") -> None:
         """Count what is to be said of other matrices, too."""
-        self.squared_error += other.squared_error
-        self.squared_norm += other.squared_norm
+        self.count(other.squared_error, other.squared_norm)
         self.not_finite += other.not_finite
 
     @property
@@ -154,24 +159,28 @@ class StoredMatrices:
         """
         return [self.checkpoint.read(each, pinned) for each in self.tensors(name, shape)]
 
-    def matrix(self, name: str, shape: tuple[int, ...], parts: list[Tensor]) -> Matrix:
+    def matrix(self, name: str, shape: tuple[int, ...], parts: list[Tensor], require: Require = at_once) -> Matrix:
         """Return the matrix that `read` has read, where its parts are by now.
 
-        Raises:
-            InputError: when its scales are not finite, or a GPTQ matrix has its inputs out of order.
+        Args:
+            name: of the parameter.
+            shape: of it.
+            parts: what was read, in that order.
+            require: is asked that scales are finite, and that a GPTQ matrix has its inputs in order; else InputError.
         """
         if len(parts) == 1:
             return PlainMatrix(parts[0])
         assert self.quantization is not None
         path, scales = self.checkpoint.path, parts[1 if len(parts) == 2 else 2]
-        if not is_finite(scales):
-            raise InputError(f"{path}: the scales of {name} are NaN or infinity")
+        require(finite(scales), InputError(f"{path}: the scales of {name} are NaN or infinity"))
         if self.quantization.method == "fp8":
             return Fp8Matrix(parts[0], scales.float())
         group, inner = self.quantization.group_size, shape[1]
         weight, zeros, *groups_of = parts[0], parts[1], *parts[3:]
-        if groups_of and not torch.equal(groups_of[0].long(), torch.arange(inner, device=weight.device) // group):
-            raise InputError(f"{path}: {name} is quantised in another order (desc_act), which is not supported")
+        for group_of in groups_of:
+            in_order = torch.arange(inner, device=weight.device) // group
+            problem = f"{path}: {name} is quantised in another order (desc_act), which is not supported"
+            require((group_of == in_order).all(), InputError(problem))
         order = AWQ_ORDER if self.quantization.method == "awq" else GPTQ_ORDER
         nibbles = _unpack(weight, order).T if order is AWQ_ORDER else _unpack(weight.T, order)
         zero = _unpack(zeros, order).T + self.quantization.zero_offset
@@ -214,9 +223,18 @@ def places(sources: Mapping[str, Sources]) -> list[Place]:
     ]
 
 
+class NotFinite(Exception):
+    """A plain matrix holds NaN or infinity, which is warned of."""
+
+
 def fill(
-    stored: StoredMatrices, expert_format: ExpertFormat, place: Place, parts: list[Tensor], row: Tensor, filled: Filled
-) -> None:
+    stored: StoredMatrices,
+    expert_format: ExpertFormat,
+    place: Place,
+    parts: list[Tensor],
+    row: Tensor,
+    require: Require,
+) -> Tensor | None:
     """Put a matrix into its place, converted where its parts are.
 
     Args:
@@ -225,20 +243,26 @@ def fill(
         place: the matrix, and where it belongs.
         parts: what `StoredMatrices.read` has read of it, on any device by now.
         row: uint8 [row_bytes], on any device.
-        filled: is told what there is to be said of it.
+        require: is asked what `StoredMatrices.matrix` and `ExpertFormat.write` ask, and that a plain matrix is finite
+            (NotFinite).
 
-    Raises:
-        InputError: as `StoredMatrices.matrix`, and when the matrix has values that the format cannot hold.
-        DoesNotPack: when the format is packed and the matrix does not pack.
+    Returns:
+        Where it is quantised by that, float64 [2]: the square of what it has lost, and of what it was; else None.
     """
-    matrix = stored.matrix(place.source, place.shape, parts)
-    if isinstance(matrix, PlainMatrix) and not is_finite(matrix.weight):
-        filled.not_finite.append(place.source)
+    matrix = stored.matrix(place.source, place.shape, parts, require)
+    if isinstance(matrix, PlainMatrix):
+        require(finite(matrix.weight), NotFinite(place.source))
+
+    def require_of_source(holds: Tensor, problem: Exception) -> None:
+        named = InputError(f"{stored.checkpoint.path}: {place.source} {problem}")
+        require(holds, named if isinstance(problem, InputError) else problem)
+
     views = {name: view[0] for name, view in expert_format.views(row[None]).items()}
-    try:
-        filled.compare(matrix, expert_format.write(matrix, views, place.name, place.index, place.count))
-    except InputError as problem:
-        raise InputError(f"{stored.checkpoint.path}: {place.source} {problem}") from None
+    converted = expert_format.write(matrix, views, place.name, place.index, place.count, require_of_source)
+    if converted is matrix or isinstance(converted, PlainMatrix | PackedMatrix):
+        return None
+    values = matrix.values()
+    return torch.stack([each.square().sum(dtype=torch.float64) for each in (converted.values() - values, values)])
 
 
 def fill_row(
@@ -253,13 +277,23 @@ def fill_row(
         row: uint8 [row_bytes], on any device.
 
     Raises:
-        InputError: when reading fails, and as `fill`.
-        DoesNotPack: as `fill`.
+        InputError: when reading fails, or a matrix has values that cannot be used.
+        DoesNotPack: when the format is packed and a matrix does not pack.
     """
     filled = Filled()
+
+    def require(holds: Tensor, problem: Exception) -> None:
+        if not isinstance(problem, NotFinite):
+            at_once(holds, problem)
+        elif not bool(holds):  # host-sync ok: is on the host
+            filled.not_finite.append(str(problem))
+
     for place in places(sources):
         if needs_converting(stored, expert_format, place):
-            fill(stored, expert_format, place, stored.read(place.source, place.shape), row, filled)
+            parts = stored.read(place.source, place.shape)
+            squares = fill(stored, expert_format, place, parts, row, require)
+            if squares is not None:
+                filled.count(*squares.tolist())  # host-sync ok: is on the host
         else:
             view = expert_format.views(row[None])[place.name][0].chunk(place.count)[place.index]
             if not stored.checkpoint.read_into(place.source, view):

@@ -212,8 +212,8 @@ class Plan:
     @property
     def loading_room(self) -> int:
         """Bytes on the device that loading may take for a while: what is not there yet by then."""
-        there = self.weights_bytes + self.allocator_bytes + (self.slot_bytes if self.policy == "resident" else 0)
-        return self.total - there
+        there = self.weights_bytes + self.allocator_bytes + self.workspace_bytes
+        return self.total - there - (self.slot_bytes if self.policy == "resident" else 0)
 
     @property
     def store_bytes(self) -> int:

@@ -18,9 +18,10 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from duomoe import InputError
 from duomoe.checkpoint import Checkpoint
 from duomoe.experts.compute import ExpertSum, LayerSum, worth_expanding
+from duomoe.experts.conversion import Conversion
 from duomoe.experts.format import ALIGNMENT, ExpertFormat, fp8_format, int4_format, packed_format, plain_format
 from duomoe.experts.matrix import DoesNotPack, PlainMatrix, to_fp8, to_int4
-from duomoe.experts.stored import Filled, StoredMatrices, fill, fill_row, places
+from duomoe.experts.stored import Filled, StoredMatrices, fill_row, places
 from duomoe.kernels import expand
 from duomoe.kernels.quantised import dequantise
 from duomoe.models.batch import Routing
@@ -123,13 +124,22 @@ def test_rows_made_on_a_gpu_are_those_made_on_the_host(case: str, shape: tuple[i
     stored, expert_format = layer.stored(quantization), format_of(*shape)
     rows = layer.rows(expert_format)
     on_host = fill_rows(stored, expert_format, layer.sources, rows)
-    on_gpu, filled = torch.full_like(rows, 0xFF, device="cuda"), Filled()
-    for sources, row in zip(layer.sources, on_gpu, strict=True):
-        for place in places(sources):
-            parts = [part.cuda() for part in stored.read(place.source, place.shape)]
-            fill(stored, expert_format, place, parts, row, filled)
+    read = [[stored.read(place.source, place.shape) for place in places(sources)] for sources in layer.sources]
+    conversion = Conversion(stored, expert_format, places(layer.sources[0]), read[0], torch.device("cuda"))
+    for parts, row in zip(read, rows, strict=True):
+        conversion.run(parts)
+        assert conversion.holds
+        assert torch.equal(conversion.row.cpu()[written(expert_format)], row[written(expert_format)])
+    filled = Filled(*conversion.squares.tolist())
     assert filled.error == pytest.approx(on_host.error)
-    assert torch.equal(on_gpu.cpu(), rows)
+
+
+def written(expert_format: ExpertFormat) -> Tensor:
+    """Which bytes of a row hold anything."""
+    found = torch.zeros(expert_format.row_bytes, dtype=torch.bool)
+    for item in expert_format.tensors.values():
+        found[item.offset : item.offset + item.size] = True
+    return found
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -1,0 +1,73 @@
+"""A rehearsal: padding passes through the model's layers, so that their kernels are compiled while weights load.
+
+Padding has no key and no expert, so what a pass of it computes from weights that are not there yet goes nowhere.
+"""
+
+import threading
+from collections.abc import Sequence
+
+import torch
+
+from duomoe.engine.chunks import Span, batch_of
+from duomoe.experts.compute import ExpertSum, LayerSum
+from duomoe.experts.format import ExpertFormat
+from duomoe.memory.kv_cache import PAGE_SIZE, pages_for
+from duomoe.memory.plan import CHUNK_TOKENS
+from duomoe.models import LayerKV, Model
+
+
+class Rehearsal:
+    """Passes of padding, each in a thread of its own.
+
+    Args:
+        model: on a GPU; its weights need not be loaded.
+        expert_format: of its experts.
+        prompts: lengths of prompts, in tokens, whose prefill is rehearsed; a decode step of one sequence is, too.
+    """
+
+    def __init__(self, model: Model, expert_format: ExpertFormat, prompts: Sequence[int]) -> None:
+        self._model, self._format = model, expert_format
+        self._problem: BaseException | None = None
+        chunks = {1, *(min(length, CHUNK_TOKENS) for length in prompts), *(length % CHUNK_TOKENS for length in prompts)}
+        names = [(tokens, f"duomoe-rehearsal-{tokens}") for tokens in sorted(chunks - {0})]
+        self._threads = [threading.Thread(target=self._run, args=(tokens,), name=name) for tokens, name in names]
+        for thread in self._threads:
+            thread.start()
+
+    def wait(self) -> None:
+        """Wait for all passes, and raise what has stopped one."""
+        for thread in self._threads:
+            thread.join()
+        if self._problem is not None:
+            raise self._problem
+
+    def _run(self, tokens: int) -> None:
+        try:
+            with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream(self._model.device)):
+                self._pass(tokens)
+                torch.cuda.current_stream().synchronize()  # host-sync ok: while weights are loaded
+        except BaseException as problem:  # whatever it is, the one who waits must hear of it
+            self._problem = problem
+
+    def _pass(self, tokens: int) -> None:
+        """Let a chunk of padding through one layer of each kind."""
+        model, config = self._model, self._model.config
+        span = Span([0] * tokens, 0, tokens, [-1] * pages_for(tokens))
+        batch = batch_of([span], model.rotary, model.device)
+        batch = batch._replace(context_len=torch.zeros_like(batch.context_len))
+        size = (1, PAGE_SIZE, config.num_kv_heads, config.head_dim)
+        kv = LayerKV(*(torch.empty(size, dtype=model.dtype, device=model.device) for _ in range(2)))
+        weights = self._format.views(torch.empty(1, self._format.row_bytes, dtype=torch.uint8, device=model.device))
+        nowhere = torch.full((config.num_experts,), -1, dtype=torch.int32, device=model.device)
+        kinds = {(config.windows[layer], config.is_moe[layer]): layer for layer in range(config.num_layers)}
+        x = model.embed(batch)
+        for layer in kinds.values():
+            stream, h, routing = model.before(layer, x, batch, kv)
+            y = None
+            if routing is not None:
+                total = ExpertSum(h, routing, config.num_experts, config.moe_intermediate_size, self._format)
+                layer_sum = LayerSum([total], expands_quantised=False)
+                layer_sum.wave(weights, nowhere, 1)
+                (y,) = layer_sum.totals()
+            model.after(layer, stream, h, y)
+        model.logits(x[-1:]).argmax(-1)
