@@ -57,7 +57,7 @@ def dequantise_activations(x: Tensor, scales: Tensor | None) -> Tensor:
     return x.float() * scales.T.repeat_interleave(FP8_BLOCK, 1)[:, : x.shape[1]]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("tokens",))
 def _quantise_kernel(
     x: tl.tensor, out: tl.tensor, scales: tl.tensor, tokens: tl.tensor, inner: tl.tensor, BLOCK: tl.constexpr
 ) -> None:

@@ -159,7 +159,7 @@ def _attend(
     return new_peak, total * decay + tl.sum(weight, 1), mixed
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("max_pages",))
 def _prefill_kernel(
     q: tl.tensor,
     k_pages: tl.tensor,
@@ -212,7 +212,12 @@ def _prefill_kernel(
     tl.store(out + at, (mixed / total[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=(
+        "max_pages",
+        "chunks",
+    )
+)
 def _decode_kernel(
     q: tl.tensor,
     k_pages: tl.tensor,
@@ -275,7 +280,7 @@ def _decode_kernel(
     tl.store(mixtures + state[:, None] * HEAD_DIM + element[None, :], mixed, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("chunks",))
 def _reduce_kernel(
     peaks: tl.tensor,
     totals: tl.tensor,

@@ -43,7 +43,7 @@ def _(parts: Tensor, experts: Tensor, dtype: torch.dtype) -> Tensor:
     return parts.new_empty(experts.shape[0], parts.shape[2], dtype=dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("pairs",))
 def _combine_kernel(
     parts: tl.tensor,
     experts: tl.tensor,
@@ -88,7 +88,7 @@ def combine_triton(parts: Tensor, experts: Tensor, dtype: torch.dtype) -> Tensor
 
 def configurations(dtype: torch.dtype, capability: int) -> list[Configuration]:
     """List what the launcher chooses after a GEMM and after a GEMV."""
-    types = {"experts": "*i32:16", "out": f"*{TRITON_TYPE[dtype]}:16", "pairs": "i32:16", "hidden": "i32:16"}
+    types = {"experts": "*i32:16", "out": f"*{TRITON_TYPE[dtype]}:16", "pairs": "i32", "hidden": "i32:16"}
     after_gemm = types | {"parts": f"*{TRITON_TYPE[dtype]}:16"}
     after_gemv = types | {"parts": "*fp32:16"}
     return [

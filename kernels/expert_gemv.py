@@ -345,7 +345,7 @@ def _numbers(
         return tl.reshape(fp8_number(raw.to(tl.uint8), FORMAT), (BLOCK_N, UNITS, WORD))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("pairs",))
 def _gate_up_gemv_kernel(
     x: tl.tensor,
     w_gate_up: tl.tensor,
@@ -389,7 +389,7 @@ def _gate_up_gemv_kernel(
     tl.store(out + (split.to(tl.int64) * pairs + pair) * outer + row, y, mask=row < outer)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("pairs",))
 def _down_gemv_kernel(
     gate_up: tl.tensor,
     w_down: tl.tensor,

@@ -307,7 +307,7 @@ def _product(
         return tl.trans(y)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("tokens",))
 def _gate_up_kernel(
     x: tl.tensor,
     x_scales: tl.tensor,
@@ -373,7 +373,7 @@ def _gate_up_kernel(
         tl.store(to, h.to(out.dtype.element_ty), mask=own[:, None] & (column < intermediate)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("pairs",))
 def _down_kernel(
     h: tl.tensor,
     h_scales: tl.tensor,

@@ -51,7 +51,12 @@ def _load_keys(
     return pair, inside, tl.where(expert < 0, num_experts, expert)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=(
+        "pairs",
+        "blocks",
+    )
+)
 def _count_kernel(
     experts: tl.tensor,
     counts: tl.tensor,
@@ -68,7 +73,12 @@ def _count_kernel(
     tl.store(counts + key * blocks + tl.program_id(0), count, mask=key <= num_experts)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=(
+        "pairs",
+        "blocks",
+    )
+)
 def _place_kernel(
     experts: tl.tensor,
     starts: tl.tensor,

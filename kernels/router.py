@@ -42,7 +42,7 @@ def _(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
     return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("tokens",))
 def _route_kernel(
     logits: tl.tensor,
     weights: tl.tensor,
