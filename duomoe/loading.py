@@ -74,7 +74,7 @@ def load_weights(folder: ModelFolder, model: Model, store: ExpertStore, room: in
         startup.part("loading", sum(checkpoint.tensors[name].size for name in every)),
         _Threads(model.device, checkpoint, startup) as threads,
     ):
-        dense = [threads.run(partial(_fill_dense, stored, name, view)) for name, view in model.destinations()]
+        dense = [threads.run(partial(_fill_dense, stored, *place, startup)) for place in model.destinations()]
         errors = _Experts(folder, store, model.device, room, threads, startup).load()
         for future in dense:
             if (name := future.result()) is not None:
@@ -82,16 +82,18 @@ def load_weights(folder: ModelFolder, model: Model, store: ExpertStore, room: in
     return errors
 
 
-def _fill_dense(stored: StoredMatrices, name: str, view: Tensor) -> str | None:
+def _fill_dense(stored: StoredMatrices, name: str, view: Tensor, startup: Startup) -> str | None:
     """Fill a non-expert parameter; return its name if it holds values that are not finite."""
-    shape = tuple(view.shape)
-    if not stored.is_quantised(name, shape):
-        return None if stored.checkpoint.read_into(name, view) else name
-    parts = [part.to(view.device) for part in stored.read(name, shape)]
-    view.copy_(stored.matrix(name, shape, parts).values())
-    if view.is_cuda:
-        torch.cuda.current_stream().synchronize()  # host-sync ok: while weights are loaded
-    return None
+    shape, finite = tuple(view.shape), True
+    if stored.is_quantised(name, shape):
+        parts = [part.to(view.device) for part in stored.read(name, shape)]
+        view.copy_(stored.matrix(name, shape, parts).values())
+        if view.is_cuda:
+            torch.cuda.current_stream().synchronize()  # host-sync ok: while weights are loaded
+    else:
+        finite = stored.checkpoint.read_into(name, view)
+    startup.load(sum(stored.checkpoint.tensors[part].size for part in stored.tensors(name, shape)))
+    return None if finite else name
 
 
 def _warn_of_values(checkpoint: Checkpoint, name: str) -> None:
@@ -105,7 +107,8 @@ class _Threads:
         self._checkpoint, self._startup = checkpoint, startup
         self._busy: list[float] = []  # seconds that each job took
         self.count = max(FEWEST_THREADS, min(MOST_THREADS, len(os.sched_getaffinity(0))))
-        self._pool = ThreadPoolExecutor(self.count, "duomoe-load", partial(_use_stream, device))
+        self._torch_threads = torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(self.count, "duomoe-load", partial(_begin_thread, device))
 
     def run(self, job: Callable[[], R]) -> Future[R]:
         """Run a job in one of the threads."""
@@ -142,13 +145,15 @@ class _Threads:
 
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(self._torch_threads)
         reading = self._checkpoint.reading_seconds
         self._startup.spend("reading", reading / self.count)
         self._startup.spend("converting", max(0.0, sum(self._busy) - reading) / self.count)
 
 
-def _use_stream(device: torch.device) -> None:
-    """Give a thread a stream of its own, so that its copies and kernels wait for no other thread's."""
+def _begin_thread(device: torch.device) -> None:
+    """Let a thread compute by itself, since there are enough of them, and give it a stream of its own on a GPU."""
+    torch.set_num_threads(1)
     if device.type == "cuda":
         torch.cuda.set_stream(torch.cuda.Stream(device))
 

@@ -44,30 +44,37 @@ class Rehearsal:
     def _run(self, tokens: int) -> None:
         try:
             with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream(self._model.device)):
-                self._pass(tokens)
+                pass_padding(self._model, self._format, tokens)
                 torch.cuda.current_stream().synchronize()  # host-sync ok: while weights are loaded
         except BaseException as problem:  # whatever it is, the one who waits must hear of it
             self._problem = problem
 
-    def _pass(self, tokens: int) -> None:
-        """Let a chunk of padding through one layer of each kind."""
-        model, config = self._model, self._model.config
-        span = Span([0] * tokens, 0, tokens, [-1] * pages_for(tokens))
-        batch = batch_of([span], model.rotary, model.device)
-        batch = batch._replace(context_len=torch.zeros_like(batch.context_len))
-        size = (1, PAGE_SIZE, config.num_kv_heads, config.head_dim)
-        kv = LayerKV(*(torch.empty(size, dtype=model.dtype, device=model.device) for _ in range(2)))
-        weights = self._format.views(torch.empty(1, self._format.row_bytes, dtype=torch.uint8, device=model.device))
-        nowhere = torch.full((config.num_experts,), -1, dtype=torch.int32, device=model.device)
-        kinds = {(config.windows[layer], config.is_moe[layer]): layer for layer in range(config.num_layers)}
-        x = model.embed(batch)
-        for layer in kinds.values():
-            stream, h, routing = model.before(layer, x, batch, kv)
-            y = None
-            if routing is not None:
-                total = ExpertSum(h, routing, config.num_experts, config.moe_intermediate_size, self._format)
-                layer_sum = LayerSum([total], expands_quantised=False)
-                layer_sum.wave(weights, nowhere, 1)
-                (y,) = layer_sum.totals()
-            model.after(layer, stream, h, y)
-        model.logits(x[-1:]).argmax(-1)
+
+def pass_padding(model: Model, expert_format: ExpertFormat, tokens: int) -> None:
+    """Let a chunk of padding through one layer of each kind.
+
+    Args:
+        model: its weights may hold anything.
+        expert_format: of its experts.
+        tokens: of the chunk; 1 is a decode step of one sequence.
+    """
+    config = model.config
+    span = Span([0] * tokens, 0, tokens, [-1] * pages_for(tokens))
+    batch = batch_of([span], model.rotary, model.device)
+    batch = batch._replace(context_len=torch.zeros_like(batch.context_len))
+    size = (1, PAGE_SIZE, config.num_kv_heads, config.head_dim)
+    kv = LayerKV(*(torch.empty(size, dtype=model.dtype, device=model.device) for _ in range(2)))
+    weights = expert_format.views(torch.empty(1, expert_format.row_bytes, dtype=torch.uint8, device=model.device))
+    nowhere = torch.full((config.num_experts,), -1, dtype=torch.int32, device=model.device)
+    kinds = {(config.windows[layer], config.is_moe[layer]): layer for layer in range(config.num_layers)}
+    x = model.embed(batch)
+    for layer in kinds.values():
+        stream, h, routing = model.before(layer, x, batch, kv)
+        y = None
+        if routing is not None:
+            total = ExpertSum(h, routing, config.num_experts, config.moe_intermediate_size, expert_format)
+            layer_sum = LayerSum([total], expands_quantised=False)
+            layer_sum.wave(weights, nowhere, 1)
+            (y,) = layer_sum.totals()
+        model.after(layer, stream, h, y)
+    model.logits(x[-1:]).argmax(-1)
