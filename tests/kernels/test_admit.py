@@ -254,6 +254,7 @@ TestKernel.settings = settings(
     [
         pytest.param(4, 6, 9, 1, 25, id="tiny"),
         pytest.param(20, 60, 1100, 8, 6, id="small"),
+        pytest.param(8, 40, 200, 256, 3, id="large-batch"),
         pytest.param(48, 128, 4608, 16, 200, id="qwen3-30b", marks=pytest.mark.gpu),
         pytest.param(94, 128, 12000, 256, 100, id="qwen3-235b", marks=pytest.mark.gpu),
         pytest.param(32, 8, 40, 256, 100, id="mixtral", marks=pytest.mark.gpu),
@@ -262,8 +263,11 @@ TestKernel.settings = settings(
 def test_kernels_match_the_references(
     layers: int, experts: int, slots: int, tokens: int, steps: int, predicted: bool
 ) -> None:
-    """Directories that are full at the start, from a few slots to several blocks, through steps with fetches ahead."""
-    random, top_k = generator(layers), min(8, experts // 2)
+    """Directories that are full at the start, from a few slots to several blocks, through steps with fetches ahead.
+
+    Choices and candidates are many times as many as the experts among them, of which some come first in later blocks.
+    """
+    random, top_k, candidates = generator(layers), min(8, experts // 2), 24 * tokens
     ours, theirs = (State(layers, experts, slots, device) for device in (DEVICE, CPU))
     owners = torch.randperm(layers * experts, generator=random)[:slots].to(torch.int32)
     used, use = (torch.randint(high, shape, generator=random) for high, shape in ((99, owners.shape), (ONE, (99,))))
@@ -275,18 +279,19 @@ def test_kernels_match_the_references(
         state.clock.fill_(100)
     width = min(experts, tokens * top_k, slots)
     for layer in torch.randint(layers, (steps,), generator=random).tolist():
-        chosen = torch.rand(tokens, experts, generator=random).argsort(-1)[:, :top_k].to(torch.int32)
-        ahead = torch.randint(2 * experts, (24,), generator=random) + (layer + 1) * experts
-        ahead = (ahead % (layers * experts)).to(torch.int32)
+        chosen = torch.rand(tokens, experts, generator=random).argsort(-1)[:, :top_k].sort(0).values.to(torch.int32)
+        ahead = torch.rand(candidates, generator=random) * torch.linspace(1, 2 * experts, candidates)
+        ahead = ((ahead.int() + (layer + 1) * experts) % (layers * experts)).to(torch.int32)
+        limit = 12 if layer % 2 else 3
         for wave in range(2):
             lists = [list_of(width, DEVICE), list_of(width, CPU)]
             rule = (layer, wave == 0, predicted, 2)
             admit_triton(chosen.to(DEVICE), *rule, ours.pending, *ours.tensors(), ours.counts, ours.slots, lists[0])
             admit_reference(chosen, *rule, theirs.pending, *theirs.tensors(), theirs.counts, theirs.slots, lists[1])
             assert torch.equal(lists[0].cpu(), lists[1])
-        lists = [list_of(24, DEVICE), list_of(24, CPU)]
-        admit_ahead_triton(ahead.to(DEVICE), layer, 3, predicted, 2, *ours.tensors(), lists[0], ours.issued)
-        admit_ahead_reference(ahead, layer, 3, predicted, 2, *theirs.tensors(), lists[1], theirs.issued)
+        lists = [list_of(candidates, DEVICE), list_of(candidates, CPU)]
+        admit_ahead_triton(ahead.to(DEVICE), layer, limit, predicted, 2, *ours.tensors(), lists[0], ours.issued)
+        admit_ahead_reference(ahead, layer, limit, predicted, 2, *theirs.tensors(), lists[1], theirs.issued)
         assert torch.equal(lists[0].cpu(), lists[1])
         for name, tensor in vars(theirs).items():
             assert torch.equal(getattr(ours, name).cpu(), tensor), name
