@@ -274,6 +274,7 @@ def admit_ahead_reference(
     unproven: Tensor,
     use: Tensor,
     clock: Tensor,
+    sending: Tensor,
     ahead: Tensor,
     issued: Tensor,
 ) -> None:
@@ -281,7 +282,8 @@ def admit_ahead_reference(
     state = _State(layer, predicted, horizon, slot_of, owner_of, last_use, unproven, use)
     now = _numbers(clock)[0]
     _numbers(issued)[0] = now
-    wanted = [expert for expert in dict.fromkeys(_numbers(candidates)) if expert >= 0]
+    considered = _numbers(candidates) if _numbers(sending)[0] else ()
+    wanted = [expert for expert in dict.fromkeys(considered) if expert >= 0]
     where = {expert: state.slot_of[expert] for expert in wanted}
     resumed = {expert for expert in wanted if where[expert] >= 0 and state.unproven[where[expert]]}
     placed = [expert for expert in wanted if where[expert] < 0][:limit]
@@ -307,6 +309,7 @@ def admit_ahead(
     unproven: Tensor,
     use: Tensor,
     clock: Tensor,
+    sending: Tensor,
     ahead: Tensor,
     issued: Tensor,
 ) -> None:
@@ -328,6 +331,7 @@ def admit_ahead(
         unproven: see above; 1 for the slots given here.
         use: see above; read only.
         clock: [1] int64, read only.
+        sending: [1] int32; where it is 0, no slot is given and `ahead` is empty.
         ahead: [3, n] int32, written: flat number, slot, and 1 if an earlier fetch ahead began the row, for every
             candidate whose row is not known to be whole, in their order; -1 behind the last.
         issued: [1] int64, written: the clock. `fetch_ahead` stops when the clock moves on.
@@ -344,6 +348,7 @@ def admit_ahead(
         unproven,
         use,
         clock,
+        sending,
         ahead,
         issued,
     )
@@ -362,6 +367,7 @@ def _(
     unproven: Tensor,
     use: Tensor,
     clock: Tensor,
+    sending: Tensor,
     ahead: Tensor,
     issued: Tensor,
 ) -> None:
@@ -567,6 +573,7 @@ def _admit_ahead_kernel(
     unproven: tl.tensor,
     use: tl.tensor,
     clock: tl.tensor,
+    sending: tl.tensor,
     ahead: tl.tensor,
     issued: tl.tensor,
     keys: tl.tensor,
@@ -591,6 +598,9 @@ def _admit_ahead_kernel(
     """
     now = tl.load(clock)
     tl.store(issued, now)
+    if tl.load(sending) == 0:
+        _end_list(ahead, width, 0, BLOCK)
+        return
     for start in range(0, width, BLOCK):
         place = start + tl.arange(0, BLOCK)
         flat = tl.load(candidates + place, mask=place < width, other=-1)
@@ -752,6 +762,7 @@ def admit_ahead_triton(
     unproven: Tensor,
     use: Tensor,
     clock: Tensor,
+    sending: Tensor,
     ahead: Tensor,
     issued: Tensor,
 ) -> None:
@@ -767,6 +778,7 @@ def admit_ahead_triton(
         unproven,
         use,
         clock,
+        sending,
         ahead,
         issued,
         torch.empty_like(owner_of),
@@ -794,7 +806,8 @@ def configurations(dtype: torch.dtype, capability: int) -> list[Configuration]:
     admitting = types | {"experts": "*i32:16", "counts": "*i64:16", "pairs": "i32"}
     unused = ("pending", "slots", "misses")
     placing = {name: kind for name, kind in types.items() if name not in unused}
-    placing |= {"candidates": "*i32:16", "ahead": "*i32:16", "issued": "*i64:16", "first": "*i32:16", "limit": "i32"}
+    placing |= {name: "*i32:16" for name in ("candidates", "sending", "ahead", "first")}
+    placing |= {"issued": "*i64:16", "limit": "i32"}
     return [
         Configuration(_admit_kernel, admitting, _admit_options(60, 400, True, False)),
         Configuration(_admit_kernel, admitting, _admit_options(128, 4000, True, True)),
