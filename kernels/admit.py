@@ -274,6 +274,7 @@ def admit_ahead_reference(
     unproven: Tensor,
     use: Tensor,
     clock: Tensor,
+    sending: Tensor,
     ahead: Tensor,
     issued: Tensor,
 ) -> None:
@@ -281,7 +282,8 @@ def admit_ahead_reference(
     state = _State(layer, predicted, horizon, slot_of, owner_of, last_use, unproven, use)
     now = _numbers(clock)[0]
     _numbers(issued)[0] = now
-    wanted = [expert for expert in dict.fromkeys(_numbers(candidates)) if expert >= 0]
+    considered = _numbers(candidates) if _numbers(sending)[0] else ()
+    wanted = [expert for expert in dict.fromkeys(considered) if expert >= 0]
     where = {expert: state.slot_of[expert] for expert in wanted}
     resumed = {expert for expert in wanted if where[expert] >= 0 and state.unproven[where[expert]]}
     placed = [expert for expert in wanted if where[expert] < 0][:limit]
@@ -307,6 +309,7 @@ def admit_ahead(
     unproven: Tensor,
     use: Tensor,
     clock: Tensor,
+    sending: Tensor,
     ahead: Tensor,
     issued: Tensor,
 ) -> None:
@@ -328,6 +331,7 @@ def admit_ahead(
         unproven: see above; 1 for the slots given here.
         use: see above; read only.
         clock: [1] int64, read only.
+        sending: [1] int32; where it is 0, no slot is given and `ahead` is empty.
         ahead: [3, n] int32, written: flat number, slot, and 1 if an earlier fetch ahead began the row, for every
             candidate whose row is not known to be whole, in their order; -1 behind the last.
         issued: [1] int64, written: the clock. `fetch_ahead` stops when the clock moves on.
@@ -344,6 +348,7 @@ def admit_ahead(
         unproven,
         use,
         clock,
+        sending,
         ahead,
         issued,
     )
@@ -362,6 +367,7 @@ def _(
     unproven: Tensor,
     use: Tensor,
     clock: Tensor,
+    sending: Tensor,
     ahead: Tensor,
     issued: Tensor,
 ) -> None:
@@ -370,14 +376,14 @@ def _(
 
 # In both kernels the threads of a program work on the same few addresses, and several threads may hold one element.
 # What some of them store must not reach the others' loads, or must have reached them. Where that matters, a barrier
-# stands between the loads and the stores.
+# stands between the loads and the stores. It orders atomic operations of one program, too.
 
 SIZES = ("pairs", "limit", "layer", "horizon", "num_layers", "num_experts", "num_slots", "width")
 """Integers that no kernel is compiled anew for: they gain nothing from being 1 or divisible by 16."""
 
 
 @triton.jit
-def _keys(
+def _store_keys(
     keys: tl.tensor,
     now: tl.tensor,
     owner_of: tl.tensor,
@@ -393,11 +399,10 @@ def _keys(
     ONE: tl.constexpr,
     EMPTY: tl.constexpr,
     BLOCK: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-) -> tl.tensor:
-    """Return [BLOCK_S] every slot's key, -1 for those that may not be given away.
+) -> None:
+    """Store every slot's key in `keys`, [num_slots]: -1 for those that may not be given away.
 
-    They go through memory, `keys`, a block at a time: what all of them are computed from would not fit into registers.
+    A block at a time: what all of them are computed from would not fit into registers.
     """
     for start in range(0, num_slots, BLOCK):
         slot = start + tl.arange(0, BLOCK)
@@ -412,9 +417,21 @@ def _keys(
         else:
             key = tl.minimum(now - used, EMPTY - 1).to(tl.int32)
         tl.store(keys + slot, tl.where(used == now, -1, tl.where(owner < 0, EMPTY, key)), mask=inside)
-    tl.debug_barrier()
-    every = tl.arange(0, BLOCK_S)
-    return tl.load(keys + every, mask=every < num_slots, other=-1)
+
+
+@triton.jit
+def _choose(
+    keys: tl.tensor, victims: tl.tensor, goal: tl.tensor, num_slots: tl.tensor, BLOCK_S: tl.constexpr
+) -> tl.tensor:
+    """Store the slots that are given away, at most `goal`, in `victims`, in order; return how many there are."""
+    slot = tl.arange(0, BLOCK_S)
+    key = tl.load(keys + slot, mask=slot < num_slots, other=-1)
+    count = tl.minimum(goal, tl.sum((key >= 0).to(tl.int32), 0))
+    for number in range(count):
+        best = tl.argmax(key, 0)
+        tl.store(victims + number, best)
+        key = tl.where(slot == best, -1, key)
+    return count
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -431,6 +448,7 @@ def _admit_kernel(
     slots: tl.tensor,
     misses: tl.tensor,
     keys: tl.tensor,
+    victims: tl.tensor,
     pairs: tl.tensor,
     layer: tl.tensor,
     horizon: tl.tensor,
@@ -444,10 +462,8 @@ def _admit_kernel(
     RATE: tl.constexpr,
     EMPTY: tl.constexpr,
     BLOCK: tl.constexpr,
-    BLOCK_PAIRS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    BLOCK_W: tl.constexpr,
 ) -> None:
     """One program admits one wave: all experts side by side, then the slots given away, one after the other."""
     expert = tl.arange(0, BLOCK_E)
@@ -455,11 +471,14 @@ def _admit_kernel(
     flat = layer * num_experts + expert
     often = tl.load(use + flat, mask=inside, other=0)
     if FIRST:
-        pair = tl.arange(0, BLOCK_PAIRS)
-        choice = tl.load(experts + pair, mask=pair < pairs, other=-1)
-        wanted = tl.histogram(tl.maximum(choice, 0), BLOCK_E, mask=choice >= 0) > 0
-    else:
-        wanted = tl.load(pending + expert, mask=inside, other=0) != 0
+        tl.store(pending + expert, 0, mask=inside)
+        tl.debug_barrier()
+        for start in range(0, pairs, BLOCK):
+            pair = start + tl.arange(0, BLOCK)
+            choice = tl.load(experts + pair, mask=pair < pairs, other=-1)
+            tl.store(pending + choice, 1, mask=choice >= 0)
+        tl.debug_barrier()
+    wanted = tl.load(pending + expert, mask=inside, other=0) != 0
     now = tl.load(clock) + 1
     slot = tl.load(slot_of + flat, mask=inside, other=-1)
     here = wanted & (slot >= 0)
@@ -476,10 +495,9 @@ def _admit_kernel(
     missing = tl.sum(absent.to(tl.int32), 0)
     resumes = tl.sum(resumed.to(tl.int32), 0)
     turn = tl.cumsum(absent.to(tl.int32), 0) - 1
-    victim = tl.full((BLOCK_E,), -1, tl.int32)
+    count = 0
     if missing > 0:
-        candidate = tl.arange(0, BLOCK_S)
-        key = _keys(
+        _store_keys(
             keys,
             now,
             owner_of,
@@ -495,14 +513,12 @@ def _admit_kernel(
             ONE,
             EMPTY,
             BLOCK,
-            BLOCK_S,
         )
-        free = tl.sum((key >= 0).to(tl.int32), 0)
-        for number in range(tl.minimum(tl.minimum(missing, free), width - resumes)):
-            best = tl.argmax(key, 0)
-            victim = tl.where(absent & (turn == number), best, victim)
-            key = tl.where(candidate == best, -1, key)
-    placed = victim >= 0
+        tl.debug_barrier()
+        count = _choose(keys, victims, tl.minimum(missing, width - resumes), num_slots, BLOCK_S)
+        tl.debug_barrier()
+    placed = absent & (turn < count)
+    victim = tl.load(victims + turn, mask=placed, other=-1)
     previous = tl.load(owner_of + victim, mask=placed, other=-1)
     tl.debug_barrier()
 
@@ -519,11 +535,12 @@ def _admit_kernel(
     tl.store(slots + expert, tl.where(here & (fetched < 0), slot, -1), mask=inside)
     tl.store(slots + num_experts + expert, fetched, mask=inside)
     entry = tl.where(resumed, tl.cumsum(resumed.to(tl.int32), 0) - 1, resumes + turn)
-    _store_list(misses, width, entry, flat, fetched, resumed, fetched >= 0, BLOCK_W)
+    _store_entries(misses, width, entry, flat, fetched, resumed, fetched >= 0)
+    _end_list(misses, width, resumes + count, BLOCK)
 
 
 @triton.jit
-def _store_list(
+def _store_entries(
     entries: tl.tensor,
     width: tl.tensor,
     column: tl.tensor,
@@ -531,16 +548,20 @@ def _store_list(
     slot: tl.tensor,
     resume: tl.tensor,
     entered: tl.tensor,
-    BLOCK_W: tl.constexpr,
 ) -> None:
-    """Store what was entered at its columns of a [3, width] list, and -1 behind the last."""
+    """Store what was entered at its columns of a [3, width] list."""
     tl.store(entries + column, flat, mask=entered)
     tl.store(entries + width + column, slot, mask=entered)
     tl.store(entries + 2 * width + column, resume.to(tl.int32), mask=entered)
-    rest = tl.arange(0, BLOCK_W)
-    behind = (rest >= tl.sum(entered.to(tl.int32), 0)) & (rest < width)
-    for row in tl.static_range(3):
-        tl.store(entries + row * width + rest, -1, mask=behind)
+
+
+@triton.jit
+def _end_list(entries: tl.tensor, width: tl.tensor, count: tl.tensor, BLOCK: tl.constexpr) -> None:
+    """Store -1 behind the first `count` columns of a [3, width] list."""
+    for start in range(count, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        for row in tl.static_range(3):
+            tl.store(entries + row * width + column, -1, mask=column < width)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -552,9 +573,12 @@ def _admit_ahead_kernel(
     unproven: tl.tensor,
     use: tl.tensor,
     clock: tl.tensor,
+    sending: tl.tensor,
     ahead: tl.tensor,
     issued: tl.tensor,
     keys: tl.tensor,
+    victims: tl.tensor,
+    first: tl.tensor,
     width: tl.tensor,
     limit: tl.tensor,
     layer: tl.tensor,
@@ -567,65 +591,85 @@ def _admit_ahead_kernel(
     EMPTY: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    BLOCK_W: tl.constexpr,
 ) -> None:
-    """One program goes through the candidates, side by side, then through the slots that they get, one by one."""
-    place = tl.arange(0, BLOCK_W)
-    flat = tl.load(candidates + place, mask=place < width, other=-1)
-    again = (flat[None, :] == flat[:, None]) & (place[None, :] < place[:, None])
-    wanted = (flat >= 0) & (tl.sum(again.to(tl.int32), 1) == 0)
-    now = tl.load(clock)
-    slot = tl.load(slot_of + flat, mask=wanted, other=-1)
-    here = wanted & (slot >= 0)
-    absent = wanted & (slot < 0)
-    resumed = here & (tl.load(unproven + slot, mask=here, other=0) != 0)
-    spared = here & (tl.load(last_use + slot, mask=here, other=now) != now)
+    """One program goes through the candidates, a block at a time, and through the slots that they get, one by one.
 
-    turn = tl.cumsum(absent.to(tl.int32), 0) - 1
-    goal = tl.minimum(tl.sum(absent.to(tl.int32), 0), limit)
-    victim = tl.full((BLOCK_W,), -1, tl.int32)
-    if goal > 0:
-        candidate = tl.arange(0, BLOCK_S)
-        key = _keys(
-            keys,
-            now,
-            owner_of,
-            last_use,
-            unproven,
-            use,
-            layer,
-            horizon,
-            num_layers,
-            num_experts,
-            num_slots,
-            PREDICTED,
-            ONE,
-            EMPTY,
-            BLOCK,
-            BLOCK_S,
-        )
-        free = tl.sum((key >= 0).to(tl.int32), 0) - tl.sum(spared.to(tl.int32), 0)
-        goal = tl.minimum(goal, free)
-        number = 0
-        while number < goal:
-            best = tl.argmax(key, 0)
-            key = tl.where(candidate == best, -1, key)
-            taken = tl.sum((here & (slot == best)).to(tl.int32), 0) == 0
-            victim = tl.where(taken & absent & (turn == number), best, victim)
-            number += taken.to(tl.int32)
-    placed = victim >= 0
-    previous = tl.load(owner_of + victim, mask=placed, other=-1)
+    Of equal candidates the first counts. `first`, [layers, num_experts], holds its place for each expert among them.
+    """
+    now = tl.load(clock)
+    tl.store(issued, now)
+    if tl.load(sending) == 0:
+        _end_list(ahead, width, 0, BLOCK)
+        return
+    for start in range(0, width, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        flat = tl.load(candidates + place, mask=place < width, other=-1)
+        tl.store(first + flat, width, mask=flat >= 0)
+    tl.debug_barrier()
+    for start in range(0, width, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        flat = tl.load(candidates + place, mask=place < width, other=-1)
+        tl.atomic_min(first + flat, place, mask=flat >= 0, sem="relaxed", scope="cta")
+    _store_keys(
+        keys,
+        now,
+        owner_of,
+        last_use,
+        unproven,
+        use,
+        layer,
+        horizon,
+        num_layers,
+        num_experts,
+        num_slots,
+        PREDICTED,
+        ONE,
+        EMPTY,
+        BLOCK,
+    )
     tl.debug_barrier()
 
-    tl.store(slot_of + previous, -1, mask=previous >= 0)
-    tl.store(slot_of + flat, victim, mask=placed)
-    tl.store(owner_of + victim, flat, mask=placed)
-    tl.store(last_use + victim, now, mask=placed)
-    tl.store(unproven + victim, 1, mask=placed)
-    tl.store(issued, now)
-    entered = resumed | placed
-    column = tl.cumsum(entered.to(tl.int32), 0) - 1
-    _store_list(ahead, width, column, flat, tl.where(resumed, slot, victim), resumed, entered, BLOCK_W)
+    missing = 0
+    for start in range(0, width, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        flat = tl.load(candidates + place, mask=place < width, other=-1)
+        wanted = tl.load(first + flat, mask=flat >= 0, other=-1) == place
+        slot = tl.load(slot_of + flat, mask=wanted, other=-1)
+        missing += tl.sum((wanted & (slot < 0)).to(tl.int32), 0)
+        tl.store(keys + slot, -1, mask=slot >= 0)
+    tl.debug_barrier()
+    count = 0
+    if tl.minimum(missing, limit) > 0:
+        count = _choose(keys, victims, tl.minimum(missing, limit), num_slots, BLOCK_S)
+        tl.debug_barrier()
+
+    # A candidate loses no slot, and each is looked up once, so no block's stores to `slot_of` meet another's loads.
+    missing = 0
+    entries = 0
+    for start in range(0, width, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        flat = tl.load(candidates + place, mask=place < width, other=-1)
+        wanted = tl.load(first + flat, mask=flat >= 0, other=-1) == place
+        slot = tl.load(slot_of + flat, mask=wanted, other=-1)
+        absent = wanted & (slot < 0)
+        resumed = tl.load(unproven + slot, mask=slot >= 0, other=0) != 0
+        turn = missing + tl.cumsum(absent.to(tl.int32), 0) - 1
+        placed = absent & (turn < count)
+        victim = tl.load(victims + turn, mask=placed, other=-1)
+        previous = tl.load(owner_of + victim, mask=placed, other=-1)
+        tl.debug_barrier()
+
+        tl.store(slot_of + previous, -1, mask=previous >= 0)
+        tl.store(slot_of + flat, victim, mask=placed)
+        tl.store(owner_of + victim, flat, mask=placed)
+        tl.store(last_use + victim, now, mask=placed)
+        tl.store(unproven + victim, 1, mask=placed)
+        entered = resumed | placed
+        column = entries + tl.cumsum(entered.to(tl.int32), 0) - 1
+        _store_entries(ahead, width, column, flat, tl.where(resumed, slot, victim), resumed, entered)
+        missing += tl.sum(absent.to(tl.int32), 0)
+        entries += tl.sum(entered.to(tl.int32), 0)
+    _end_list(ahead, width, entries, BLOCK)
 
 
 def _block(size: int) -> int:
@@ -634,23 +678,28 @@ def _block(size: int) -> int:
     return max(32, power)
 
 
-def _options(num_slots: int, width: int, predicted: bool) -> dict[str, int | bool]:
+def _options(num_slots: int, predicted: bool) -> dict[str, int | bool]:
     """Choose so many warps that a thread's share of the keys, at most 32 up to 16,384 slots, stays in registers.
 
-    As many registers as 16 warps can have are stated, because the compiler would rather spill than take them.
+    As many registers as 16 warps can have are stated, because the compiler would rather spill than take them. For the
+    same reason a thread has four elements of a `BLOCK`, by which candidates, pairs and slots are gone through.
     """
     block_s = _block(num_slots)
     warps = min(max(4, block_s // 512), 16)
-    blocks = {"BLOCK": min(block_s, 256 * warps), "BLOCK_S": block_s, "BLOCK_W": _block(width)}
-    return blocks | {"PREDICTED": predicted, "ONE": ONE, "EMPTY": EMPTY, "num_warps": warps, "maxnreg": 128}
+    return {
+        "BLOCK": 128 * warps,
+        "BLOCK_S": block_s,
+        "PREDICTED": predicted,
+        "ONE": ONE,
+        "EMPTY": EMPTY,
+        "num_warps": warps,
+        "maxnreg": 128,
+    }
 
 
-def _admit_options(
-    num_pairs: int, num_experts: int, num_slots: int, width: int, first: bool, predicted: bool
-) -> dict[str, int | bool]:
+def _admit_options(num_experts: int, num_slots: int, first: bool, predicted: bool) -> dict[str, int | bool]:
     """Add what the kernel of `admit` needs beside `_options`."""
-    blocks = {"BLOCK_PAIRS": _block(num_pairs), "BLOCK_E": _block(num_experts)}
-    return _options(num_slots, width, predicted) | blocks | {"FIRST": first, "RATE": RATE}
+    return _options(num_slots, predicted) | {"BLOCK_E": _block(num_experts), "FIRST": first, "RATE": RATE}
 
 
 @admit.register_cuda
@@ -688,6 +737,7 @@ def admit_triton(
         slots,
         misses,
         torch.empty_like(owner_of),
+        torch.empty_like(owner_of),
         pairs,
         layer,
         horizon,
@@ -695,7 +745,7 @@ def admit_triton(
         num_experts,
         num_slots,
         width,
-        **_admit_options(pairs, num_experts, num_slots, width, first, predicted),
+        **_admit_options(num_experts, num_slots, first, predicted),
     )
 
 
@@ -712,6 +762,7 @@ def admit_ahead_triton(
     unproven: Tensor,
     use: Tensor,
     clock: Tensor,
+    sending: Tensor,
     ahead: Tensor,
     issued: Tensor,
 ) -> None:
@@ -727,9 +778,12 @@ def admit_ahead_triton(
         unproven,
         use,
         clock,
+        sending,
         ahead,
         issued,
         torch.empty_like(owner_of),
+        torch.empty_like(owner_of),
+        torch.empty_like(slot_of),
         width,
         limit,
         layer,
@@ -737,25 +791,29 @@ def admit_ahead_triton(
         num_layers,
         num_experts,
         num_slots,
-        **_options(num_slots, width, predicted),
+        **_options(num_slots, predicted),
     )
 
 
 def configurations(dtype: torch.dtype, capability: int) -> list[Configuration]:
-    """List what the launchers choose for few and for the most slots; the directory has no float dtype."""
-    names = ("pending", "slot_of", "owner_of", "unproven", "use", "slots", "misses", "keys")
+    """List what the launchers choose for few and for the most slots; the directory has no float dtype.
+
+    How many pairs and candidates there are is known at run time only, so these serve batches of any size.
+    """
+    names = ("pending", "slot_of", "owner_of", "unproven", "use", "slots", "misses", "keys", "victims")
     types = {name: "*i32:16" for name in names} | {name: "*i64:16" for name in ("last_use", "clock")}
     types |= {name: "i32" for name in ("layer", "horizon", "num_layers", "num_experts", "num_slots", "width")}
     admitting = types | {"experts": "*i32:16", "counts": "*i64:16", "pairs": "i32"}
     unused = ("pending", "slots", "misses")
     placing = {name: kind for name, kind in types.items() if name not in unused}
-    placing |= {"candidates": "*i32:16", "ahead": "*i32:16", "issued": "*i64:16", "limit": "i32"}
+    placing |= {name: "*i32:16" for name in ("candidates", "sending", "ahead", "first")}
+    placing |= {"issued": "*i64:16", "limit": "i32"}
     return [
-        Configuration(_admit_kernel, admitting, _admit_options(8, 60, 400, 8, True, False)),
-        Configuration(_admit_kernel, admitting, _admit_options(64, 128, 4000, 64, True, True)),
-        Configuration(_admit_kernel, admitting, _admit_options(8, 8, 8000, 8, False, True)),
-        Configuration(_admit_kernel, admitting, _admit_options(2048, 512, 16384, 512, True, True)),
-        Configuration(_admit_ahead_kernel, placing, _options(400, 8, False)),
-        Configuration(_admit_ahead_kernel, placing, _options(4000, 64, True)),
-        Configuration(_admit_ahead_kernel, placing, _options(16384, 64, True)),
+        Configuration(_admit_kernel, admitting, _admit_options(60, 400, True, False)),
+        Configuration(_admit_kernel, admitting, _admit_options(128, 4000, True, True)),
+        Configuration(_admit_kernel, admitting, _admit_options(8, 8000, False, True)),
+        Configuration(_admit_kernel, admitting, _admit_options(512, 16384, True, True)),
+        Configuration(_admit_ahead_kernel, placing, _options(400, False)),
+        Configuration(_admit_ahead_kernel, placing, _options(4000, True)),
+        Configuration(_admit_ahead_kernel, placing, _options(16384, True)),
     ]

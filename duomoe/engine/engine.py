@@ -1,6 +1,7 @@
 """The loop: admit, prefill or decode, sample, hand tokens to their requests."""
 
 import itertools
+import time
 from collections.abc import Sequence
 
 import torch
@@ -64,9 +65,12 @@ class Engine:
         self.decode_step.prepare(sequences, all(each.temperature == 0 for each in params))
 
     def _advance(self, requests: list[Request], admitted: bool) -> None:
+        begin = time.perf_counter()
         tokens = self._prefill(requests) if admitted else self.decode_step.run(requests)
-        # host-sync ok: the one read of a step.
-        for request, token in zip(requests, tokens.tolist(), strict=True):
+        read = tokens.tolist()  # host-sync ok: the one read of a step
+        if not admitted:
+            self.policy.note_step(len(requests), time.perf_counter() - begin)
+        for request, token in zip(requests, read, strict=True):
             request.accept(token, self.eos)
             if request.finish_reason:
                 self.scheduler.remove(request)

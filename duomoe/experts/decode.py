@@ -6,6 +6,10 @@ there compute; and a predictor names the experts of the layers to come. Those th
 time in which the link would be idle, that is until the next `admit`. Where it also forecasts which experts the layer
 needs in the next step, slots are given away by that and not by the average that `admit` keeps.
 
+Looking ahead takes time, which a fast link does not give back. So steps are compared with and without (`Payoff`), and
+where it does not pay, nothing is sent ahead. On a CPU the predictor is then not asked either. In a CUDA graph it goes
+on, on a stream beside the computation, and `admit_ahead` reads from the device that nothing is to be sent.
+
 A step that needs more experts than there are slots runs in waves; their number is known from shapes.
 """
 
@@ -17,6 +21,7 @@ from torch import Tensor
 from duomoe.experts.compute import LayerSum
 from duomoe.experts.fetcher import Fetcher
 from duomoe.experts.link import Traffic
+from duomoe.experts.payoff import Payoff
 from duomoe.experts.predictor import Predictor
 from duomoe.experts.slots import Directory, SlotPool
 from duomoe.kernels import admit, admit_ahead
@@ -55,7 +60,7 @@ class Decode:
         pool: the slots.
         fetcher: copies rows into them.
         predicted: give away the expert that is expected to be needed last; otherwise the one used least recently.
-        predictor: names experts to send ahead; None sends nothing.
+        predictor: names experts to send ahead, in steps in which `payoff` says so; None sends nothing.
     """
 
     def __init__(
@@ -66,6 +71,8 @@ class Decode:
         self.num_layers, self.num_experts = directory.slot_of.shape
         self.horizon = predictor.horizon if predictor else 0
         self.counts = torch.zeros(2, dtype=torch.int64, device=directory.clock.device)  # hits and misses
+        self.payoff = Payoff()
+        self.sending = torch.ones(1, dtype=torch.int32, device=directory.clock.device)  # what `payoff` says
         # Looking ahead is a handful of small kernels, which take as long as an expert's computation.
         self._side = torch.cuda.Stream(directory.clock.device) if predictor and directory.clock.is_cuda else None
         self._demands: dict[tuple[int, int], _Demand] = {}  # by layer and width
@@ -81,6 +88,13 @@ class Decode:
         self.directory.use.copy_(use)
         if self.predictor is not None:
             self.predictor.start(use)
+        self.payoff.settle()
+
+    def note_step(self, sequences: int, seconds: float) -> None:
+        """Take in how long a step of so many sequences took, and decide whether the next one looks ahead."""
+        if self.predictor is not None:
+            self.payoff.note(sequences, seconds)
+            self.sending.fill_(self.payoff.pays)
 
     def run(self, total: LayerSum, index: int, h: Tensor, routing: Routing) -> None:
         """Compute the experts of one layer, [tokens, hidden] and their routing, into its sum."""
@@ -96,7 +110,8 @@ class Decode:
                 *state.tensors, self.counts, demand.slots, demand.misses,
             )  # fmt: skip
             self.fetcher.fetch(demand.misses)
-            if wave == waves - 1:
+            # On a GPU a graph may hold this step and also later ones, so there `sending` decides.
+            if wave == waves - 1 and (self.payoff.pays or self._side is not None):
                 with self._beside():
                     self._send_ahead(index, self._ask(index, h, routing))
             total.wave(self.pool.views[index], demand.slots[0], width)
@@ -142,7 +157,7 @@ class Decode:
         state, ahead = self.directory, self._aheads[index, width]
         admit_ahead(
             torch.cat(candidates), index, SENT_AHEAD, self.predicted, self.horizon,
-            *state.tensors, ahead.copies, ahead.issued,
+            *state.tensors, self.sending, ahead.copies, ahead.issued,
         )  # fmt: skip
         self.fetcher.fetch_ahead(ahead.copies, ahead.issued)
 

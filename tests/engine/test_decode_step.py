@@ -1,6 +1,8 @@
 """A decode step: never waits for the host, and gives the same as a graph, padded, and in any batch."""
 
 from collections.abc import Callable
+from itertools import count, zip_longest
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -56,6 +58,21 @@ def test_a_decode_step_never_waits_for_the_host(
     else:
         llm.generate([prompt_of(10), prompt_of(3)], params)
         assert len(steps) == (5 if device == "cpu" else 7)  # on a GPU those of padding, too, for one and for two
+
+
+def test_a_policy_learns_how_long_each_decode_step_took(
+    tiny: Callable[..., Any], prompt_of: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two sequences, of which one ends before the other; the clock moves on a second whenever it is read."""
+    llm = LLM(tiny("qwen3_moe").path, device="cpu", policy="duo", expert_memory="100KB")
+    steps: list[tuple[int, float]] = []
+    monkeypatch.setattr(llm.policy, "note_step", lambda *step: steps.append(step))
+    clock = map(float, count())
+    monkeypatch.setattr("duomoe.engine.engine.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    streams = [llm.stream(prompt_of(5), SamplingParams(max_new_tokens=tokens)) for tokens in (3, 5)]
+    for _ in zip_longest(*streams):
+        pass
+    assert sorted(steps) == [(1, 1.0)] * 2 + [(2, 1.0)] * 2
 
 
 @pytest.mark.gpu

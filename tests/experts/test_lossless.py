@@ -4,6 +4,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from duomoe import LLM, SamplingParams
 from duomoe.experts.decode import Decode
 from duomoe.experts.link import Copy, HostLink, LinkError, Pace
+from duomoe.experts.payoff import Payoff
 from duomoe.experts.policies import BOUNDED
 from duomoe.experts.policies.cached import CachedPolicy
 from duomoe.experts.predictor import Predictor
@@ -216,12 +218,14 @@ class Wrong(Predictor):
         layers = len(config.moe_layers)
         super().__init__(llm.engine.model, torch.ones(3, layers, config.num_experts))
         self.random = torch.Generator().manual_seed(0)
+        self.asked = 0
 
     @classmethod
     def of_tensors(cls, model: Any, tensors: Any) -> "Wrong":
         raise NotImplementedError
 
     def predict(self, index: int, h: torch.Tensor, routing: Any) -> list[torch.Tensor]:
+        self.asked += 1
         shape = (min(3, self.layers - 1 - index), len(h), self.num_experts)
         return list(torch.rand(shape, generator=self.random).argsort(-1).to(torch.int32))
 
@@ -250,6 +254,54 @@ def test_no_predictor_changes_a_result(
     traffic = policy.traffic_so_far()
     assert traffic.prefetched_bytes > 0 and traffic.prefetch_used_bytes <= traffic.prefetched_bytes
     other.close()
+
+
+class Told(Payoff):
+    """Says what it was told, step after step, and then all over."""
+
+    def __init__(self, *settings: bool) -> None:
+        super().__init__()
+        self.settings = cycle(settings)
+        self.pays = next(self.settings)
+
+    def note(self, sequences: int, seconds: float) -> None:
+        self.pays = next(self.settings)
+
+
+@pytest.mark.parametrize("slots", [1, 3, 12, 23])
+@pytest.mark.parametrize("settings", [(True,), (False,), (True, True, False), (False, False, True)])
+def test_looking_ahead_or_not_changes_no_result(
+    settings: tuple[bool, ...], slots: int, tiny: Callable[..., Any], prompt_of: Callable[..., list[int]]
+) -> None:
+    path = tiny("qwen3_moe").path
+    whole = LLM(path, device="cpu")
+    llm = LLM(path, device="cpu", policy="duo", expert_memory=slots * row_bytes(whole))
+    policy = llm.policy
+    policy.decoder = Decode(policy.directory, policy.residency.pool, policy.decoder.fetcher, True, wrong := Wrong(llm))
+    policy.decoder.payoff = Told(*settings)
+    connect(llm, link := Adversary())
+    params = SamplingParams(max_new_tokens=12)
+    for lengths in ((20,), (3, 17)):
+        prompts = [prompt_of(length, seed=length) for length in lengths]
+        found = llm.generate(prompts, params)
+        assert [c.token_ids for c in found] == [c.token_ids for c in whole.generate(prompts, params)]
+    traffic = policy.traffic_so_far()
+    assert (wrong.asked > 0) == any(settings)
+    assert (traffic.prefetched_bytes > 0) == any(settings)
+    assert traffic.prefetch_used_bytes <= traffic.prefetched_bytes
+    link.close()
+
+
+def test_steps_that_looking_ahead_makes_slower_are_followed_by_steps_without(
+    tiny: Callable[..., Any], prompt_of: Callable[..., list[int]]
+) -> None:
+    llm = LLM(tiny("qwen3_moe").path, device="cpu", policy="duo", expert_memory="50%")
+    decoder = llm.policy.decoder
+    for _ in range(24):
+        decoder.note_step(1, 2.0 if decoder.payoff.pays else 1.0)
+    assert decoder.sending.tolist() == [0]
+    found = llm.generate(prompt_of(9), SamplingParams(max_new_tokens=8))[0].metrics.experts
+    assert found.prefetched_bytes == 0 and found.hits + found.misses > 0
 
 
 @pytest.mark.parametrize("predictor", [None, "gate", "none"])

@@ -89,9 +89,9 @@ class Rules:
         slots = [[where.get(expert, -1) for expert in range(self.experts)] for where in (found, fetched)]
         return slots, columns(entries, width)
 
-    def look_ahead(self, candidates: list[int], limit: int, *how: Any) -> list[list[int]]:
+    def look_ahead(self, sending: bool, candidates: list[int], limit: int, *how: Any) -> list[list[int]]:
         """Place candidates; return `ahead`."""
-        wanted = [divmod(flat, self.experts) for flat in dict.fromkeys(candidates) if flat >= 0]
+        wanted = [divmod(flat, self.experts) for flat in dict.fromkeys(candidates) if sending and flat >= 0]
         entries = []
         for expert in wanted:
             if (slot := self.slot(expert)) is not None:
@@ -120,6 +120,7 @@ class State:
         self.slot_of, self.owner_of = full(layers, experts, value=-1), full(slots, value=-1)
         self.last_use, self.unproven = full(slots, dtype=torch.int64), full(slots)
         self.use, self.clock = full(layers, experts), full(1, dtype=torch.int64)
+        self.sending = full(1, value=1)
         self.counts, self.issued = full(2, dtype=torch.int64), full(1, value=-9, dtype=torch.int64)
         self.pending, self.slots = full(experts), full(2, experts, value=-9)
 
@@ -196,15 +197,16 @@ class Steps(RuleBasedStateMachine):
         served = [max(pair) for pair in zip(*slots, strict=True)]
         self.using = {self.rules.flat((layer, expert)): slot for expert, slot in enumerate(served) if slot >= 0}
 
-    @rule(data=st.data(), limit=st.integers(0, 4), width=st.integers(1, 6))
-    def look_ahead(self, data: st.DataObject, limit: int, width: int) -> None:
+    @rule(data=st.data(), sending=st.booleans(), limit=st.integers(0, 4), width=st.integers(1, 6))
+    def look_ahead(self, data: st.DataObject, sending: bool, limit: int, width: int) -> None:
         every = st.integers(-1, self.rules.layers * self.rules.experts - 1)
         candidates = data.draw(st.lists(every, min_size=width, max_size=width))
-        expected = self.rules.look_ahead(candidates, limit, *self.how)
+        expected = self.rules.look_ahead(sending, candidates, limit, *self.how)
         entries, (layer, predicted, horizon) = list_of(width, DEVICE), self.how
         flat = torch.tensor(candidates, dtype=torch.int32, device=DEVICE)
         state = self.state
-        self.admit_ahead(flat, layer, limit, predicted, horizon, *state.tensors(), entries, state.issued)
+        state.sending.fill_(sending)
+        self.admit_ahead(flat, layer, limit, predicted, horizon, *state.tensors(), state.sending, entries, state.issued)
         assert entries.tolist() == expected
         assert state.issued.tolist() == [self.rules.clock]
 
@@ -254,6 +256,7 @@ TestKernel.settings = settings(
     [
         pytest.param(4, 6, 9, 1, 25, id="tiny"),
         pytest.param(20, 60, 1100, 8, 6, id="small"),
+        pytest.param(8, 40, 200, 256, 3, id="large-batch"),
         pytest.param(48, 128, 4608, 16, 200, id="qwen3-30b", marks=pytest.mark.gpu),
         pytest.param(94, 128, 12000, 256, 100, id="qwen3-235b", marks=pytest.mark.gpu),
         pytest.param(32, 8, 40, 256, 100, id="mixtral", marks=pytest.mark.gpu),
@@ -262,8 +265,11 @@ TestKernel.settings = settings(
 def test_kernels_match_the_references(
     layers: int, experts: int, slots: int, tokens: int, steps: int, predicted: bool
 ) -> None:
-    """Directories that are full at the start, from a few slots to several blocks, through steps with fetches ahead."""
-    random, top_k = generator(layers), min(8, experts // 2)
+    """Directories that are full at the start, from a few slots to several blocks, through steps with fetches ahead.
+
+    Choices and candidates are many times as many as the experts among them, of which some come first in later blocks.
+    """
+    random, top_k, candidates = generator(layers), min(8, experts // 2), 24 * tokens
     ours, theirs = (State(layers, experts, slots, device) for device in (DEVICE, CPU))
     owners = torch.randperm(layers * experts, generator=random)[:slots].to(torch.int32)
     used, use = (torch.randint(high, shape, generator=random) for high, shape in ((99, owners.shape), (ONE, (99,))))
@@ -275,18 +281,20 @@ def test_kernels_match_the_references(
         state.clock.fill_(100)
     width = min(experts, tokens * top_k, slots)
     for layer in torch.randint(layers, (steps,), generator=random).tolist():
-        chosen = torch.rand(tokens, experts, generator=random).argsort(-1)[:, :top_k].to(torch.int32)
-        ahead = torch.randint(2 * experts, (24,), generator=random) + (layer + 1) * experts
-        ahead = (ahead % (layers * experts)).to(torch.int32)
+        chosen = torch.rand(tokens, experts, generator=random).argsort(-1)[:, :top_k].sort(0).values.to(torch.int32)
+        ahead = torch.rand(candidates, generator=random) * torch.linspace(1, 2 * experts, candidates)
+        ahead = ((ahead.int() + (layer + 1) * experts) % (layers * experts)).to(torch.int32)
+        limit = 12 if layer % 2 else 3
         for wave in range(2):
             lists = [list_of(width, DEVICE), list_of(width, CPU)]
             rule = (layer, wave == 0, predicted, 2)
             admit_triton(chosen.to(DEVICE), *rule, ours.pending, *ours.tensors(), ours.counts, ours.slots, lists[0])
             admit_reference(chosen, *rule, theirs.pending, *theirs.tensors(), theirs.counts, theirs.slots, lists[1])
             assert torch.equal(lists[0].cpu(), lists[1])
-        lists = [list_of(24, DEVICE), list_of(24, CPU)]
-        admit_ahead_triton(ahead.to(DEVICE), layer, 3, predicted, 2, *ours.tensors(), lists[0], ours.issued)
-        admit_ahead_reference(ahead, layer, 3, predicted, 2, *theirs.tensors(), lists[1], theirs.issued)
+        lists = [list_of(candidates, DEVICE), list_of(candidates, CPU)]
+        rule = (layer, limit, predicted, 2)
+        admit_ahead_triton(ahead.to(DEVICE), *rule, *ours.tensors(), ours.sending, lists[0], ours.issued)
+        admit_ahead_reference(ahead, *rule, *theirs.tensors(), theirs.sending, lists[1], theirs.issued)
         assert torch.equal(lists[0].cpu(), lists[1])
         for name, tensor in vars(theirs).items():
             assert torch.equal(getattr(ours, name).cpu(), tensor), name
@@ -302,7 +310,7 @@ def test_candidates_do_not_push_each_other_out(call: Any, device: torch.device) 
     state.unproven[1] = 1
     state.clock += 1
     candidates = torch.tensor([6, 5, 7, 3], dtype=torch.int32, device=device)
-    call(candidates, 0, 4, False, 1, *state.tensors(), entries, state.issued)
+    call(candidates, 0, 4, False, 1, *state.tensors(), state.sending, entries, state.issued)
     assert entries.T.tolist() == [[5, 1, 1]] + 3 * [[-1, -1, -1]]
     assert state.owner_of.tolist() == [3, 5]
 
@@ -319,5 +327,5 @@ def test_ops_keep_their_promises() -> None:
     chosen = torch.tensor([[0, 3], [3, -1]], dtype=torch.int32, device=DEVICE)
     outputs = (state.counts, state.slots, list_of(4, DEVICE))
     torch.library.opcheck(admit.overload, (chosen, 1, True, True, 2, state.pending, *state.tensors(), *outputs))
-    outputs = (list_of(2, DEVICE), state.issued)
+    outputs = (state.sending, list_of(2, DEVICE), state.issued)
     torch.library.opcheck(admit_ahead.overload, (chosen[0] + 8, 1, 2, True, 2, *state.tensors(), *outputs))

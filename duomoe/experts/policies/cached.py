@@ -85,6 +85,11 @@ class CachedPolicy(BoundedPolicy):
         self.decoder.end()
         return stream
 
+    def note_step(self, sequences: int, seconds: float) -> None:
+        """Let decode compare its steps with and without looking ahead."""
+        if self.decoder is not None:
+            self.decoder.note_step(sequences, seconds)
+
     def enter(self, index: int) -> None:
         """In a prefill, send the layer's experts ahead, under its attention."""
         if not self.decoding:

@@ -59,6 +59,9 @@ class Policy(ABC):
         """Pass one token of each sequence through all blocks; arguments and result as in `prefill`, for one chunk."""
         return self._walk([batch], kv)[0]
 
+    def note_step(self, sequences: int, seconds: float) -> None:  # noqa: B027  # who decides nothing by it need not know
+        """Take in how long a decode step of so many sequences took, until its tokens were read."""
+
     def _walk(self, chunks: Sequence[Batch], kv: Sequence[LayerKV]) -> list[Tensor]:
         stream = [self.model.embed(chunk) for chunk in chunks]
         for layer in range(self.model.config.num_layers):
