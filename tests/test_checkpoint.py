@@ -75,6 +75,15 @@ def test_values_are_converted_piece_by_piece(tmp_path: Path, stored: torch.dtype
         assert torch.equal(found[name], tensor.to(wanted))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="memory can be pinned where there is a GPU")
+def test_where_memory_cannot_be_pinned_it_is_read_all_the_same(folder: Path) -> None:
+    checkpoint = Checkpoint(folder)
+    name = next(iter(checkpoint.tensors))
+    found = checkpoint.read(name, pinned=True)
+    assert not found.is_pinned()
+    assert torch.equal(found, checkpoint.read(name))
+
+
 def test_nan_weights_are_warned_about_by_name(folder: Path) -> None:
     rewrite(folder, lambda tensors: tensors["model.norm.weight"][3].fill_(float("nan")))
     with pytest.warns(RuntimeWarning, match=r"model\.norm\.weight holds NaN or infinity"):
