@@ -1,25 +1,28 @@
 """The embedding API: load a model folder, generate, stream, or look at its logits."""
 
+import gc
 import itertools
 import os
 import secrets
-import threading
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from duomoe.config import EngineConfig
+from duomoe.engine.completion import Chunk, Completion, Metrics
 from duomoe.engine.decode_step import DecodeStep
 from duomoe.engine.engine import Engine
 from duomoe.engine.rehearsal import Rehearsal
 from duomoe.engine.request import Request
 from duomoe.engine.scheduler import Scheduler
+from duomoe.engine.stream import Stream
+from duomoe.engine.thread import EngineThread
 from duomoe.errors import InputError
-from duomoe.experts.link import Traffic, open_link
+from duomoe.experts.link import open_link
 from duomoe.experts.policies import BOUNDED, PREDICTED, Policy, Resident
 from duomoe.experts.predictor import GatePredictor, Predictor, load_predictor
 from duomoe.experts.store import ExpertStore
@@ -38,39 +41,6 @@ from duomoe.tokenizer import TextStream
 __all__ = ["EMBEDDED_MODEL", "LLM", "Chunk", "Completion", "Metrics"]
 
 Prompt = str | Sequence[int]
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """How long a request took, in seconds, and what its experts cost.
-
-    `experts` counts what crossed the link between the request's start and its end, for all requests that ran then.
-    """
-
-    prompt_tokens: int
-    ttft_s: float  # from submission to the first token
-    tpot_s: float | None  # mean time between tokens after the first; None for a single token
-    e2e_s: float  # from submission to the last token
-    experts: Traffic
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What a prompt was continued with."""
-
-    text: str
-    token_ids: list[int]
-    finish_reason: str  # "stop" or "length"
-    metrics: Metrics
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """What one step added: text that is certain by now (often none), and at the end the whole completion."""
-
-    text: str
-    token_id: int
-    completion: Completion | None
 
 
 class LLM:
@@ -121,7 +91,7 @@ class LLM:
         self.eos_token_ids = frozenset(self.config.eos_token_ids) | frozenset(also)
         self._folder = folder
         self._numbers = itertools.count()
-        self._lock = threading.RLock()  # one step at a time; callers in several threads share the batch
+        self._limit: weakref.finalize[..., LLM] | None = None
         if self.plan.device == "cuda":
             check_kernel_cache()
         try:
@@ -192,6 +162,7 @@ class LLM:
             model, self.policy, cache, plan.max_batch, plan.max_model_len, captured=self.engine_config.graph
         )
         self.engine = Engine(model, self.policy, cache, self.eos_token_ids, scheduler, decode_step)
+        self._thread = EngineThread(self.engine)
         self.memory = {
             "weights_bytes": model.num_bytes,  # less than planned where the head turned out to be the embedding
             "expert_slots_bytes": plan.slot_bytes,
@@ -217,7 +188,8 @@ class LLM:
         limit = torch.cuda.memory_reserved() + plan.budget
         whole = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / whole))
-        weakref.finalize(self, torch.cuda.set_per_process_memory_fraction, 1.0).atexit = False
+        self._limit = weakref.finalize(self, torch.cuda.set_per_process_memory_fraction, 1.0)
+        self._limit.atexit = False
 
     def prepare(self, sequences: int = 1, params: SamplingParams | None = None) -> None:
         """Compile and capture what steps of so many sequences, and of fewer, need on a GPU.
@@ -228,8 +200,27 @@ class LLM:
             sequences: that run together; no more than `max_batch`.
             params: of their requests; None is greedy.
         """
-        with self.startup.part("capturing"), self._lock:
-            self.engine.prepare(min(sequences, self.plan.max_batch), [params or SamplingParams()])
+        count, each = min(sequences, self.plan.max_batch), [params or SamplingParams()]
+        with self.startup.part("capturing"):
+            self._thread.call(lambda engine: engine.prepare(count, each))
+
+    def close(self) -> None:
+        """End the model: its thread, its requests (with errors), and its hold on memory. Does nothing the second time.
+
+        A model that nobody holds any more, nor a stream of it, ends by itself; `with LLM(…) as llm` closes it, too.
+        """
+        self._thread.close()
+        for attribute in ("engine", "policy"):
+            self.__dict__.pop(attribute, None)
+        if self._limit is not None:
+            self._limit()
+        gc.collect()  # what is left are cycles, which hold memory of the GPU
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> list[Completion]:
         """Continue prompts, several at a time.
@@ -248,23 +239,37 @@ class LLM:
             raise InputError(f"prompts are strings or lists of token ids, not {type(prompts).__name__}")
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         each: Sequence[Prompt] = [prompts] if single else prompts
+        # All are checked before any is begun.
         requests = [self._request(prompt, params or SamplingParams()) for prompt in each]
-        finished: dict[int, Completion] = {}
-        for request, chunk in self._run(requests):
-            if chunk.completion:
-                finished[request.number] = chunk.completion
-        return [finished[request.number] for request in requests]
+        streams: list[Stream] = []
+        try:
+            for request in requests:
+                streams.append(Stream(self._thread, request))
+            return [chunk.completion for stream in streams for chunk in stream if chunk.completion]
+        finally:
+            for stream in streams:
+                stream.close()
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Chunk]:
-        """Continue one prompt and yield a chunk for every token; closing the iterator ends the request.
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
+        """Continue one prompt and give a chunk for every token; closing the stream, or dropping it, ends the request.
 
-        Requests that are under way advance together, whoever asks: the tokens of a stream that nobody reads wait in it.
+        Requests that are under way advance together, whoever asked: the tokens of a stream that nobody reads wait in
+        it.
 
         Raises:
             InputError: when the prompt is empty or too long.
+            RuntimeError: when the model is closed, or this process was forked from the one that has loaded it.
         """
-        request = self._request(prompt, params or SamplingParams())
-        return (chunk for _, chunk in self._run([request]))
+        return self.submit(prompt, params)
+
+    def submit(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
+        """Begin to continue one prompt; returns at once. The result is read by `for` or by `async for`.
+
+        Raises:
+            InputError: as `stream`.
+            RuntimeError: likewise.
+        """
+        return Stream(self._thread, self._request(prompt, params or SamplingParams()))
 
     def logits(self, tokens: Sequence[int]) -> Tensor:
         """Return the float32 logits [tokens, vocab] after each token of a prompt.
@@ -272,15 +277,14 @@ class LLM:
         Raises:
             InputError: when the prompt is empty or too long, a token id is not in the vocabulary, or the GPU's memory
                 does not hold the logits of so many tokens; the plan has room for those of `max_batch` tokens.
-            RuntimeError: when requests that are under way have taken all pages of the KV cache.
+            RuntimeError: when requests that are under way have taken all pages of the KV cache; and as `stream`.
         """
         checked = self._tokens(tokens, room=0)
-        with self._lock:
-            try:
-                return self.engine.logits(next(self._numbers), checked)
-            except torch.OutOfMemoryError:
-                size = format_size(len(checked) * self.config.vocab_size * 4)
-                raise InputError(f"the GPU's memory does not hold {size} of logits; give a shorter prompt") from None
+        try:
+            return self._thread.call(lambda engine: engine.logits(checked))
+        except torch.OutOfMemoryError:
+            size = format_size(len(checked) * self.config.vocab_size * 4)
+            raise InputError(f"the GPU's memory does not hold {size} of logits; give a shorter prompt") from None
 
     def fingerprint(self) -> str:
         """Return what tells this model from any other, a hash of its routers; traces and predictors carry it."""
@@ -293,43 +297,6 @@ class LLM:
             InputError: when there is no tokenizer or no template.
         """
         return self._folder.need_tokenizer().encode_chat(message)
-
-    def _run(self, requests: list[Request]) -> Iterator[tuple[Request, Chunk]]:
-        scheduler = self.engine.scheduler
-        with self._lock:
-            before = self.policy.traffic_so_far()
-            for request in requests:
-                scheduler.add(request)
-        waiting = list(requests)
-        try:
-            while waiting:
-                with self._lock:
-                    if not any(request.news or request.error for request in waiting):
-                        self.engine.step()  # may advance other callers' requests too; each reads its own news
-                for request in waiting:
-                    while request.news:
-                        text, token = request.news.popleft()
-                        ended = request.finish_reason is not None and not request.news
-                        yield request, Chunk(text, token, self._completion(request, before) if ended else None)
-                    if request.error is not None:
-                        raise RuntimeError(f"a step of this request failed: {request.error}") from request.error
-                waiting = [request for request in waiting if request.finish_reason is None or request.news]
-        finally:
-            with self._lock:
-                for request in requests:
-                    scheduler.remove(request)
-
-    def _completion(self, request: Request, before: Traffic) -> Completion:
-        count = len(request.generated)
-        assert request.finish_reason is not None
-        metrics = Metrics(
-            prompt_tokens=len(request.prompt),
-            ttft_s=request.first_token - request.submitted,
-            tpot_s=(request.last_token - request.first_token) / (count - 1) if count > 1 else None,
-            e2e_s=request.last_token - request.submitted,
-            experts=self.policy.traffic_so_far().since(before),
-        )
-        return Completion(request.stream.text, request.generated, request.finish_reason, metrics)
 
     def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
         if params.stop and self.tokenizer is None:

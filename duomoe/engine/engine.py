@@ -1,13 +1,15 @@
 """The loop: admit, prefill or decode, sample, hand tokens to their requests."""
 
+import contextlib
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from duomoe.engine.chunks import Span, batch_of, cut
+from duomoe.engine.completion import Chunk
 from duomoe.engine.decode_step import DecodeStep
 from duomoe.engine.request import Request
 from duomoe.engine.scheduler import Scheduler
@@ -18,7 +20,7 @@ from duomoe.sampling import SamplingParams, sample
 
 
 class Engine:
-    """Runs requests over a model.
+    """Runs requests over a model; one thread calls it (thread.py).
 
     Args:
         model: the non-expert part.
@@ -40,40 +42,90 @@ class Engine:
     ) -> None:
         self.model, self.policy, self.cache, self.eos = model, policy, cache, eos
         self.scheduler, self.decode_step = scheduler, decode_step
+        self._numbers = itertools.count(-1, -1)  # of passes that are no request's
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would advance anything."""
+        return bool(self.scheduler.waiting or self.scheduler.running)
+
+    def add(self, request: Request) -> None:
+        """Queue a request; what becomes of it goes to its outbox."""
+        request.traffic_before = self.policy.traffic_so_far()
+        self.scheduler.add(request)
+
+    def cancel(self, request: Request) -> None:
+        """Forget a request, wherever it stands; its pages are free then."""
+        self.scheduler.remove(request)
+
+    def fail(self, requests: Iterable[Request], error: BaseException) -> None:
+        """End requests with an error."""
+        for request in list(requests):
+            self.scheduler.remove(request)
+            request.outbox.put(error)
+
+    def close(self) -> None:
+        """End all requests, with errors."""
+        self.fail([*self.scheduler.running, *self.scheduler.waiting], RuntimeError("this model was closed"))
 
     @torch.inference_mode()
-    def step(self) -> list[Request]:
-        """Advance some requests by one token each and return them: all newly admitted ones, else all running ones.
+    def step(self) -> None:
+        """Advance some requests by one token each: all newly admitted ones, else all running ones.
 
-        Requests that finished with this token have their `finish_reason` set and hold no pages any more. When the step
-        fails, every request that was part of it is ended with that `error`, and the error is raised.
+        Each gets a chunk; one that has finished holds no pages any more by then. When the step fails, exactly the
+        requests that were part of it end with the error, and no expert counts as resident.
         """
         admitted = self.scheduler.admit()
         requests = admitted or list(self.scheduler.running)
+        if not requests:
+            return
         try:
-            self._advance(requests, bool(admitted))
+            with self._failing_safely():
+                tokens = self._advance(requests, bool(admitted))
         except BaseException as error:
-            for request in requests:
-                request.error = error
-                self.scheduler.remove(request)
+            self.fail(requests, error)
+            return
+        for request, token in zip(requests, tokens, strict=True):
+            try:
+                self._give(request, token)
+            except BaseException as error:
+                self.fail([request], error)
+
+    @contextlib.contextmanager
+    def _failing_safely(self) -> Iterator[None]:
+        """After a failure within, wherever it was, nothing counts as resident: any slot may be half filled."""
+        try:
+            yield
+        except BaseException as error:
+            try:
+                self.policy.forget()
+            except BaseException as other:  # of a GPU that answers no more, say; the first error tells more
+                error.add_note(f"after that: {other}")
             raise
-        return requests
+
+    def _give(self, request: Request, token: int) -> None:
+        """Hand a token to its request, and what it adds to the caller."""
+        text = request.accept(token, self.eos)
+        completion = None
+        if request.finish_reason is not None:
+            self.scheduler.remove(request)
+            assert request.traffic_before is not None, "a request that runs was added"
+            completion = request.completion(self.policy.traffic_so_far().since(request.traffic_before))
+        request.outbox.put(Chunk(text, token, completion))
 
     @torch.inference_mode()
     def prepare(self, sequences: int, params: Sequence[SamplingParams]) -> None:
         """Compile and capture the steps of so many sequences with such parameters, and of all fewer."""
         self.decode_step.prepare(sequences, all(each.temperature == 0 for each in params))
 
-    def _advance(self, requests: list[Request], admitted: bool) -> None:
+    def _advance(self, requests: list[Request], admitted: bool) -> list[int]:
+        """Return the next token of each request."""
         begin = time.perf_counter()
         tokens = self._prefill(requests) if admitted else self.decode_step.run(requests)
-        read = tokens.tolist()  # host-sync ok: the one read of a step
+        read: list[int] = tokens.tolist()  # host-sync ok: the one read of a step
         if not admitted:
             self.policy.note_step(len(requests), time.perf_counter() - begin)
-        for request, token in zip(requests, read, strict=True):
-            request.accept(token, self.eos)
-            if request.finish_reason:
-                self.scheduler.remove(request)
+        return read
 
     def _prefill(self, requests: list[Request]) -> Tensor:
         """Return the first token of each request, int64 [requests]; what their next ones need is there by then."""
@@ -99,13 +151,18 @@ class Engine:
         return torch.tensor(values).to(self.model.device, non_blocking=True)
 
     @torch.inference_mode()
-    def logits(self, number: int, tokens: list[int]) -> Tensor:
-        """Return the logits [tokens, vocab] of one prompt, in a pass of its own; there must be room for its pages."""
-        allocator = self.cache.allocator
+    def logits(self, tokens: list[int]) -> Tensor:
+        """Return the logits [tokens, vocab] of one prompt, in a pass of its own.
+
+        Raises:
+            RuntimeError: when there are not enough free pages.
+        """
+        allocator, number = self.cache.allocator, next(self._numbers)
         if not allocator.reserve(number, len(tokens)):
             raise RuntimeError("no KV pages are free; finish or close running generations first")
         try:
-            return torch.cat([self.model.logits(x) for x in self._pass([(number, tokens)])])
+            with self._failing_safely():
+                return torch.cat([self.model.logits(x) for x in self._pass([(number, tokens)])])
         finally:
             allocator.release(number)
 

@@ -1,9 +1,11 @@
 """One prompt on its way to a completion."""
 
 import time
-from collections import deque
 from dataclasses import dataclass, field
 
+from duomoe.engine.completion import Completion, Metrics
+from duomoe.engine.outbox import Outbox
+from duomoe.experts.link import Traffic
 from duomoe.sampling import SamplingParams
 from duomoe.tokenizer import TextStream
 
@@ -15,6 +17,8 @@ class Request:
     Attributes:
         length_limit: the most tokens the sequence may have, prompt included.
         finish_reason: "stop" (an EOS token or a stop string), "length", or None while it runs.
+        outbox: where its chunks go, and an error that ends it.
+        traffic_before: what had crossed the link when it was added to the engine.
     """
 
     number: int
@@ -23,10 +27,10 @@ class Request:
     seed: int
     length_limit: int
     stream: TextStream
+    outbox: Outbox = field(default_factory=Outbox)
     generated: list[int] = field(default_factory=list)
-    news: deque[tuple[str, int]] = field(default_factory=deque)  # text and token of each step, until someone reads it
     finish_reason: str | None = None
-    error: BaseException | None = None  # what ended the step that this request was part of
+    traffic_before: Traffic | None = None
     submitted: float = field(default_factory=time.perf_counter)  # this and the next two: seconds on that clock
     first_token: float = 0.0
     last_token: float = 0.0
@@ -36,8 +40,8 @@ class Request:
         """Tokens of the sequence so far."""
         return len(self.prompt) + len(self.generated)
 
-    def accept(self, token: int, eos: frozenset[int]) -> None:
-        """Append a sampled token and decide whether the sequence ends with it."""
+    def accept(self, token: int, eos: frozenset[int]) -> str:
+        """Append a sampled token, decide whether the sequence ends with it, and return the text that is certain now."""
         self.last_token = time.perf_counter()
         if not self.generated:
             self.first_token = self.last_token
@@ -50,4 +54,17 @@ class Request:
             self.finish_reason = "length"
         if self.finish_reason:
             text += self.stream.finish()
-        self.news.append((text, token))
+        return text
+
+    def completion(self, experts: Traffic) -> Completion:
+        """Return what it came to, once it has finished; `experts` is what crossed the link meanwhile."""
+        count = len(self.generated)
+        assert self.finish_reason is not None
+        metrics = Metrics(
+            prompt_tokens=len(self.prompt),
+            ttft_s=self.first_token - self.submitted,
+            tpot_s=(self.last_token - self.first_token) / (count - 1) if count > 1 else None,
+            e2e_s=self.last_token - self.submitted,
+            experts=experts,
+        )
+        return Completion(self.stream.text, self.generated, self.finish_reason, metrics)

@@ -1,9 +1,6 @@
 """What the policies that keep some experts on the device, and all of them on the host, have in common."""
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor
 
 from duomoe.experts.link import Link
 from duomoe.experts.policies.policy import Policy
@@ -11,7 +8,7 @@ from duomoe.experts.predictor import Predictor
 from duomoe.experts.residency import Residency
 from duomoe.experts.slots import SlotPool
 from duomoe.experts.store import ExpertStore
-from duomoe.models import Batch, LayerKV, Model, Routing
+from duomoe.models import Model, Routing
 
 
 class BoundedPolicy(Policy):
@@ -31,13 +28,6 @@ class BoundedPolicy(Policy):
         super().__init__(model, store)
         pool = SlotPool(store.formats, num_slots, model.device)
         self.residency = Residency(store, pool, link, self.traffic)
-
-    def _walk(self, chunks: Sequence[Batch], kv: Sequence[LayerKV]) -> list[Tensor]:
-        try:
-            return super()._walk(chunks, kv)
-        except BaseException:
-            self.forget()
-            raise
 
     def forget(self) -> None:
         """After a failure nothing counts as resident."""

@@ -59,6 +59,9 @@ class Policy(ABC):
         """Pass one token of each sequence through all blocks; arguments and result as in `prefill`, for one chunk."""
         return self._walk([batch], kv)[0]
 
+    def forget(self) -> None:  # noqa: B027  # where all experts stay, none is forgotten
+        """After a failure, wherever it was, nothing counts as resident."""
+
     def note_step(self, sequences: int, seconds: float) -> None:  # noqa: B027  # who decides nothing by it need not know
         """Take in how long a decode step of so many sequences took, until its tokens were read."""
 

@@ -1,0 +1,88 @@
+"""A request as its caller holds it."""
+
+from queue import Empty
+
+from duomoe.engine.completion import Chunk
+from duomoe.engine.outbox import Event
+from duomoe.engine.request import Request
+from duomoe.engine.thread import PATIENCE, EngineThread
+
+
+class Stream:
+    """A request's chunks as they come, for `for` or `async for`. Whoever leaves it, in whatever way, ends the request.
+
+    Chunks that nobody reads wait here; the request does not wait for them.
+
+    Args:
+        thread: runs the request.
+        request: is submitted by this.
+
+    Raises:
+        RuntimeError: when the model is closed, or was loaded in another process.
+    """
+
+    def __init__(self, thread: EngineThread, request: Request) -> None:
+        thread.check()
+        self._thread, self._request, self._outbox = thread, request, request.outbox
+        self._ended = False
+        thread.send(lambda engine: engine.add(request))
+
+    def __iter__(self) -> "Stream":
+        return self
+
+    def __next__(self) -> Chunk:
+        """Wait for the next chunk.
+
+        Raises:
+            RuntimeError: when the model is closed meanwhile.
+            BaseException: what has failed, where a step of this request did.
+        """
+        while not self._ended:
+            try:
+                return self._take(self._outbox.get(PATIENCE))
+            except Empty:
+                self._check()
+        raise StopIteration
+
+    def __aiter__(self) -> "Stream":
+        return self
+
+    async def __anext__(self) -> Chunk:
+        """Wait for the next chunk in a coroutine; raises as `__next__`."""
+        while not self._ended:
+            try:
+                return self._take(await self._outbox.get_async(PATIENCE))
+            except Empty:
+                self._check()
+        raise StopAsyncIteration
+
+    def _check(self) -> None:
+        try:
+            self._thread.check()
+        except RuntimeError:
+            self._ended = True
+            raise
+
+    def _take(self, event: Event) -> Chunk:
+        if isinstance(event, BaseException):
+            self._ended = True
+            raise event
+        self._ended = event.completion is not None
+        return event
+
+    def close(self) -> None:
+        """End the request, if it has not ended, and give its memory back between two steps."""
+        if not self._ended:
+            self._ended = True
+            request = self._request
+            self._thread.send(lambda engine: engine.cancel(request))
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_ended"):  # not where the constructor has refused
+            self.close()
