@@ -61,7 +61,7 @@ class Startup:
             if self._bar is not None:
                 self._bar.update(size)
 
-    def as_dict(self) -> dict[str, object]:
+    def as_dict(self) -> dict[str, float]:
         """Return the counts for machines."""
         parts = {f"{name}_s": seconds for name, seconds in self.seconds.items()}
         return parts | {"loaded_bytes": self.loaded_bytes, "compiled_kernels": self.compiled_kernels}

@@ -141,9 +141,9 @@ def to_packed(matrix: Matrix, require: Require = at_once) -> PackedMatrix:
     """
     values = to_plain(matrix, torch.bfloat16).weight.contiguous()
     if values.is_cuda:
-        *packed, fits = pack(values)
+        weights, bases, patches, fits = pack(values)
         require(fits, DoesNotPack())
-        return PackedMatrix(*packed, values.shape[1])
+        return PackedMatrix(weights, bases, patches, values.shape[1])
     on_host = pack_bf16(values)
     if on_host is None:
         raise DoesNotPack
