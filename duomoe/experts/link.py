@@ -131,7 +131,6 @@ class HostLink(Link):
         self._last: Copy | None = None  # moved before; going on with it has no latency
         self._changed = threading.Condition()
         self._closed = False
-        self._fault: BaseException | None = None  # of a copy that nobody has waited for
         self._free_at = 0.0  # when the link, at its pace, is done with all it has been given
         self._thread = threading.Thread(target=self._run, name="duomoe-link", daemon=True)
         self._thread.start()
@@ -141,15 +140,11 @@ class HostLink(Link):
         return None
 
     def send(self, source: Tensor, slot: Tensor, after: None = None) -> Copy:
-        """Queue a copy for the thread.
-
-        Raises:
-            LinkError: when an earlier copy failed that nobody has waited for.
-        """
+        """Queue a copy for the thread."""
         return self._queue(Copy(source, slot), self._urgent)
 
     def send_ahead(self, copy: Copy) -> Copy:
-        """Queue a copy, new or recalled, behind all urgent ones; raises as `send`."""
+        """Queue a copy, new or recalled, behind all urgent ones."""
         return copy if copy.arrived.is_set() else self._queue(copy, self._ahead)
 
     def recall(self) -> None:
@@ -165,8 +160,6 @@ class HostLink(Link):
         with self._changed:
             if self._closed:
                 raise LinkError("the expert link is closed")
-            if self._fault is not None:
-                raise self._failure(self._fault)
             queue.append(copy)
             self._changed.notify()
         return copy
@@ -175,13 +168,7 @@ class HostLink(Link):
         """Block until the copy has arrived."""
         copy.arrived.wait()
         if copy.error is not None:
-            raise self._failure(copy.error)
-
-    def _failure(self, error: BaseException) -> LinkError:
-        self._fault = None
-        failure = LinkError(f"an expert could not be copied into its slot: {error}")
-        failure.__cause__ = error
-        return failure
+            raise LinkError(f"an expert could not be copied into its slot: {copy.error}") from copy.error
 
     def has_arrived(self, copy: Copy) -> bool:
         """Return whether the thread is done with the copy."""
@@ -203,7 +190,7 @@ class HostLink(Link):
                 copy.ahead += size * ahead
                 self.ahead_bytes += size * ahead
             except BaseException as error:  # whatever it is, the one who waits must hear of it
-                copy.error = self._fault = error
+                copy.error = error
             self._finish(copy)
 
     def _next(self) -> tuple[Copy, int, bool] | None:

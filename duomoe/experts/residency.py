@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from duomoe.experts.compute import LayerSum
-from duomoe.experts.link import Link, Traffic
+from duomoe.experts.link import Link, LinkError, Traffic
 from duomoe.experts.slots import Directory, SlotPool
 from duomoe.experts.store import ExpertStore
 
@@ -19,6 +19,10 @@ NEVER = -(1 << 62)
 
 # Experts computed together, at most. More at once use the device better; fewer let a slot go sooner.
 LARGEST_WAVE = 8
+
+
+# The heap of slots is made anew when it has so many entries for each slot, most of which are no longer true by then.
+MOST_ENTRIES = 4
 
 
 class Residency:
@@ -111,6 +115,9 @@ class Residency:
     def _let_go(self, slot: int) -> None:
         self._pinned.discard(slot)
         heapq.heappush(self._idle, (self.last_use[slot], slot))
+        if len(self._idle) > MOST_ENTRIES * len(self.pool):
+            self._idle = [(self.last_use[slot], slot) for slot in range(len(self.pool)) if slot not in self._pinned]
+            heapq.heapify(self._idle)
 
     def _place(self, index: int, expert: int, slot: int) -> None:
         assert expert not in self._slot_of[index], "an expert has at most one slot"
@@ -217,12 +224,22 @@ class Residency:
         return copy is None or self.link.has_arrived(copy)
 
     def settle(self) -> None:
-        """Wait for all copies that are on their way, whoever they are for."""
-        for copy in self._copies.values():
-            self.link.wait(copy)
+        """Wait for all copies that are on their way, whoever they are for; a slot whose copy fails is empty then."""
+        for slot, copy in self._copies.items():
+            try:
+                self.link.wait(copy)
+            except LinkError:
+                self._empty(slot)
         self._copies.clear()
         for slot in list(self._pinned):
             self._let_go(slot)
+
+    def _empty(self, slot: int) -> None:
+        if (owner := self._owner[slot]) is not None:
+            del self._slot_of[owner[0]][owner[1]]
+        self._owner[slot] = None
+        self._unused.discard(slot)
+        self.last_use[slot] = NEVER
 
     def forget(self) -> None:
         """Empty all slots."""

@@ -5,11 +5,13 @@ one sequence first, then at most a share of what remains: experts are the point.
 of which a prefill turns a part as its ring. What all experts together do not need goes back to the context.
 """
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from pathlib import Path
 
 import torch
 
@@ -569,6 +571,14 @@ def device_memory() -> int:
     return int(free) + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 
-def host_memory() -> int:
-    """Return the bytes of the host's memory."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def host_memory(root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return the bytes of the host's memory, or of what a container may use of it.
+
+    Args:
+        root: where control groups are mounted: a container's own limit is there, by version 2 or 1.
+    """
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            limits.append(int((root / name).read_text()))
+    return min(limits)

@@ -26,7 +26,7 @@ from duomoe.experts.policies import BOUNDED
 from duomoe.experts.policies.lru import Lru
 from duomoe.kernels import expand
 from duomoe.memory.kv_cache import PAGE_SIZE
-from duomoe.memory.plan import CHUNK_TOKENS, MIB, Limits, Plan, check_host, cuda_reserved, make_plan
+from duomoe.memory.plan import CHUNK_TOKENS, MIB, Limits, Plan, check_host, cuda_reserved, host_memory, make_plan
 from duomoe.models import Architecture, ModelConfig, Routing, architecture_of
 from duomoe.models.model import expected_tensors
 
@@ -231,6 +231,16 @@ def test_the_host_must_hold_the_experts() -> None:
     assert plan_of(QWEN3_30B, device="cuda", memory=200 << 30, host_memory=8 << 30).store_bytes == 0
     with pytest.raises(InputError, match=r"expert slots 54\.00 GiB"):
         plan_of(QWEN3_30B, host_memory=50 << 30)
+
+
+@pytest.mark.parametrize("file", ["memory.max", "memory/memory.limit_in_bytes"])
+def test_a_containers_limit_is_the_hosts_memory(file: str, tmp_path: Path) -> None:
+    whole = host_memory(tmp_path)
+    assert whole > 0
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    for text, expected in (("1073741824\n", 1 << 30), ("max\n", whole), (f"{1 << 62}\n", whole)):
+        (tmp_path / file).write_text(text)
+        assert host_memory(tmp_path) == expected
 
 
 def test_the_plan_reads_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
