@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PROMPT ?= Emma was not at all surprised when
 
-.PHONY: generate test lint bench bench-policies venv clean
+.PHONY: generate test lint bench bench-policies bench-cpu venv clean
 
 generate: .venv/ready
 	@.venv/bin/python -m duomoe.generate --prompt "$(PROMPT)" --max-new-tokens 128 --temperature 0.8 --top-p 0.95 --seed 1
@@ -24,6 +24,9 @@ bench: .venv/ready
 
 bench-policies: .venv/ready
 	OMP_WAIT_POLICY=PASSIVE .venv/bin/python -P tests/benchmarks/policies.py
+
+bench-cpu: .venv/ready
+	OMP_WAIT_POLICY=PASSIVE .venv/bin/python -P tests/benchmarks/cpu.py
 
 venv: .venv/ready
 
