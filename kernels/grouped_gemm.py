@@ -33,6 +33,11 @@ from duomoe.kernels.quantised import (
     scale_places,
     strides,
 )
+from duomoe.kernels.threads import Threads, product_work
+
+# From so many weights on, a CPU multiplies bfloat16 as it is; for less, its product takes longer to begin than one of
+# float32 does in all.
+BF16_WEIGHTS = 1 << 16
 
 
 def experts_gate_up_reference(
@@ -119,7 +124,71 @@ def experts_gate_up(
         zeros: of int4 weights, likewise.
         x_scales: of activations in fp8 (activations.py), for fp8 weights on GPUs from sm_89 on; None for others.
     """
-    experts_gate_up_reference(x, w_gate_up, slots, order, offsets, top_k, out, scales, zeros, x_scales)
+    dtype = _product_dtype(x, w_gate_up)
+    rows = _operand(x, x_scales, dtype).index_select(0, order // top_k)
+    both = rows.new_empty(len(order), 2 * out.shape[1])
+    with Threads(product_work(len(order) // len(slots), w_gate_up[0].numel())):
+        held = _multiply(rows, w_gate_up, scales, zeros, 2, x, slots, offsets, both)
+    # Of all pairs, whoever is resident: how many values are taken at once may decide over a bit of `silu`.
+    with Threads(both.numel()):
+        gate, up = both.float().chunk(2, dim=-1)
+        gated = F.silu(gate).mul_(up)
+        for span in held:
+            out[span] = gated[span]
+
+
+def _multiply(
+    rows: Tensor,
+    w: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    matrices: int,
+    activations: Tensor,
+    slots: Tensor,
+    offsets: Tensor,
+    out: Tensor,
+) -> list[slice]:
+    """Multiply the rows of every resident expert by its matrix, on the CPU.
+
+    Args:
+        rows: [pairs, inner], sorted by expert.
+        w: the pool's weights, and so are `scales`, `zeros` and how many `matrices` are stacked in each.
+        scales: see above.
+        zeros: see above.
+        matrices: see above.
+        activations: what `rows` were before they got the dtype of the product.
+        slots: as in `experts_gate_up`, and so is `offsets`.
+        offsets: see above.
+        out: [pairs, outer], written for the resident pairs.
+
+    Returns:
+        The resident pairs' places, neighbours together.
+    """
+    starts = offsets.tolist()  # host-sync ok: runs on the CPU
+    held: list[slice] = []
+    where = slots.tolist()  # host-sync ok: runs on the CPU
+    for slot, begin, end in zip(where, starts, starts[1:], strict=False):
+        if slot < 0 or begin == end:
+            continue
+        weight = w[slot]
+        if scales is not None:
+            weight = _rounded(expert_values(slot, w, scales, zeros, rows.shape[1], matrices), activations)
+        torch.mm(rows[begin:end], weight.to(rows.dtype).t(), out=out[begin:end])
+        if held and held[-1].stop == begin:
+            begin = held.pop().start
+        held.append(slice(begin, end))
+    return held
+
+
+def _product_dtype(activations: Tensor, w: Tensor) -> torch.dtype:
+    """Return the dtype in which a CPU multiplies; either adds up in float32."""
+    worth_it = activations.dtype == torch.bfloat16 and w[0].numel() >= BF16_WEIGHTS
+    return torch.bfloat16 if worth_it else torch.float32
+
+
+def _operand(activations: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return activations as a CPU multiplies them."""
+    return activations.to(dtype) if scales is None else dequantise_activations(activations, scales)
 
 
 @experts_gate_up.register_fake
@@ -165,7 +234,14 @@ def experts_down(
         zeros: see above.
         h_scales: as `x_scales` in `experts_gate_up`.
     """
-    experts_down_reference(h, w_down, slots, order, offsets, weights, out, scales, zeros, h_scales)
+    pairs = order.long()
+    y = h.new_empty(len(h), out.shape[1], dtype=_product_dtype(h, w_down))
+    with Threads(product_work(len(order) // len(slots), w_down[0].numel())):
+        held = _multiply(_operand(h, h_scales, y.dtype), w_down, scales, zeros, 1, h, slots, offsets, y)
+    with Threads(y.numel()):
+        factors = weights.flatten().index_select(0, pairs)[:, None]
+        for span in held:
+            out.index_copy_(0, pairs[span], (y[span] * factors[span]).to(out.dtype))
 
 
 @experts_down.register_fake

@@ -31,15 +31,22 @@ class Resident(Policy):
 
     def experts(self, index: int, inputs: list[Tensor], routings: list[Routing]) -> list[Tensor]:
         """Compute all experts in one wave."""
-        # Counted on the device, so that the step does not wait for the host.
-        seen = torch.zeros(len(self.slots) + 1, dtype=torch.int64, device=self.slots.device)
-        for routing in routings:
-            seen.index_fill_(0, routing.experts.flatten().long(), 1)  # padding, -1, goes to the last place
-        self.used += seen[:-1].sum()
+        if len(routings) == 1 and len(routings[0].experts) == 1 and self.slots.is_cpu:
+            self.traffic.hits += routings[0].experts.shape[
+                1
+            ]  # one token's experts are distinct, and nothing is padding
+        else:
+            # Counted on the device, so that the step does not wait for the host.
+            seen = torch.zeros(len(self.slots) + 1, dtype=torch.int64, device=self.slots.device)
+            for routing in routings:
+                seen.index_fill_(0, routing.experts.flatten().long(), 1)  # padding, -1, goes to the last place
+            self.used += seen[:-1].sum()
         total = self.layer_sum(inputs, routings)
         total.wave(self.weights[index], self.slots, len(self.slots))
         return total.totals()
 
     def traffic_so_far(self) -> Traffic:
         """Return a copy of the counts: every use is a hit."""
-        return replace(self.traffic, hits=int(self.used.item()))  # host-sync ok: between requests, not between tokens
+        return replace(
+            self.traffic, hits=self.traffic.hits + int(self.used.item())
+        )  # host-sync ok: between requests, not between tokens
