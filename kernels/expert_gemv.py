@@ -118,7 +118,7 @@ def experts_gate_up_gemv(
     """
     inner, top_k = x.shape[1], experts.shape[1]
     tokens, places = x.float().unbind(0), out.unbind(0)
-    with Threads(w_gate_up[0].numel()):
+    with Threads(inner * out.shape[2]):
         for pair, slot in _resident(experts, slots):
             weight, token = expert_values(slot, w_gate_up, scales, zeros, inner, matrices=2), tokens[pair // top_k]
             for split, place in enumerate(places):
@@ -178,7 +178,7 @@ def experts_down_gemv(
     # Nobody has written the sums of absent experts, and nobody reads what becomes of them.
     gate, up = (gate_up[0] if len(gate_up) == 1 else gate_up.sum(0)).chunk(2, dim=-1)
     weighted = (F.silu(gate).mul_(up) * weights.view(-1, 1)).unbind(0)
-    with Threads(w_down[0].numel()):
+    with Threads(inner * out.shape[2]):
         for pair, slot in _resident(experts, slots):
             weight = expert_values(slot, w_down, scales, zeros, inner)
             for split, place in enumerate(places):

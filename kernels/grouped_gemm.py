@@ -61,7 +61,7 @@ def experts_gate_up_reference(
         if slot < 0 or begin == end:
             continue
         tokens = order[begin:end].long() // top_k
-        weight = _rounded(expert_values(slot, w_gate_up, scales, zeros, x.shape[1], matrices=2), x)
+        weight = _rounded(expert_values(slot, w_gate_up, scales, zeros, x.shape[1], matrices=2), x.dtype)
         gate, up = F.linear(values[tokens], weight).chunk(2, dim=-1)
         out[begin:end] = (F.silu(gate) * up).to(out.dtype)
 
@@ -87,13 +87,13 @@ def experts_down_reference(
         if slot < 0 or begin == end:
             continue
         pairs = order[begin:end].long()
-        y = F.linear(values[begin:end], _rounded(expert_values(slot, w_down, scales, zeros, h.shape[1]), h))
+        y = F.linear(values[begin:end], _rounded(expert_values(slot, w_down, scales, zeros, h.shape[1]), h.dtype))
         out[pairs] = (y * weights.flatten()[pairs, None]).to(out.dtype)
 
 
-def _rounded(weight: Tensor, activations: Tensor) -> Tensor:
-    """Return values as tensor cores take them beside activations; in float32, where these are fp8."""
-    return weight if activations.dtype == torch.float8_e4m3fn else weight.to(activations.dtype).float()
+def _rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return values as tensor cores take them beside activations of a dtype; in float32, where these are fp8."""
+    return weight if dtype == torch.float8_e4m3fn else weight.to(dtype).float()
 
 
 @operator(mutates_args=("out",))
@@ -124,14 +124,13 @@ def experts_gate_up(
         zeros: of int4 weights, likewise.
         x_scales: of activations in fp8 (activations.py), for fp8 weights on GPUs from sm_89 on; None for others.
     """
-    dtype = _product_dtype(x, w_gate_up)
+    dtype = _product_dtype(x, 2 * out.shape[1])
     rows = _operand(x, x_scales, dtype).index_select(0, order // top_k)
     both = rows.new_empty(len(order), 2 * out.shape[1])
-    with Threads(product_work(len(order) // len(slots), w_gate_up[0].numel())):
-        held = _multiply(rows, w_gate_up, scales, zeros, 2, x, slots, offsets, both)
-    # Of all pairs, whoever is resident: how many values are taken at once may decide over a bit of `silu`.
+    held = _multiply(rows, w_gate_up, scales, zeros, 2, x.dtype, slots, offsets, both)
     with Threads(both.numel()):
         gate, up = both.float().chunk(2, dim=-1)
+        # Of all pairs, resident or not, because the bits of `silu` may depend on how many values it is given.
         gated = F.silu(gate).mul_(up)
         for span in held:
             out[span] = gated[span]
@@ -143,7 +142,7 @@ def _multiply(
     scales: Tensor | None,
     zeros: Tensor | None,
     matrices: int,
-    activations: Tensor,
+    dtype: torch.dtype,
     slots: Tensor,
     offsets: Tensor,
     out: Tensor,
@@ -152,11 +151,11 @@ def _multiply(
 
     Args:
         rows: [pairs, inner], sorted by expert.
-        w: the pool's weights, and so are `scales`, `zeros` and how many `matrices` are stacked in each.
+        w: the pool's weights; `scales` and `zeros` are theirs, and `matrices` says how many are stacked in each.
         scales: see above.
         zeros: see above.
         matrices: see above.
-        activations: what `rows` were before they got the dtype of the product.
+        dtype: of the activations, to which weights are rounded; that of `rows` and `out` is the product's.
         slots: as in `experts_gate_up`, and so is `offsets`.
         offsets: see above.
         out: [pairs, outer], written for the resident pairs.
@@ -164,25 +163,26 @@ def _multiply(
     Returns:
         The resident pairs' places, neighbours together.
     """
-    starts = offsets.tolist()  # host-sync ok: runs on the CPU
+    where, starts = slots.tolist(), offsets.tolist()  # host-sync ok: runs on the CPU
     held: list[slice] = []
-    where = slots.tolist()  # host-sync ok: runs on the CPU
-    for slot, begin, end in zip(where, starts, starts[1:], strict=False):
-        if slot < 0 or begin == end:
-            continue
-        weight = w[slot]
-        if scales is not None:
-            weight = _rounded(expert_values(slot, w, scales, zeros, rows.shape[1], matrices), activations)
-        torch.mm(rows[begin:end], weight.to(rows.dtype).t(), out=out[begin:end])
-        if held and held[-1].stop == begin:
-            begin = held.pop().start
-        held.append(slice(begin, end))
+    # Whether threads share a product must not depend on what is resident, so an average counts.
+    with Threads(product_work(len(rows) // len(where), out.shape[1] * rows.shape[1])):
+        for slot, begin, end in zip(where, starts[:-1], starts[1:], strict=True):
+            if slot < 0 or begin == end:
+                continue
+            weight = w[slot]
+            if scales is not None:
+                weight = _rounded(expert_values(slot, w, scales, zeros, rows.shape[1], matrices), dtype)
+            torch.mm(rows[begin:end], weight.to(rows.dtype).t(), out=out[begin:end])
+            if held and held[-1].stop == begin:
+                begin = held.pop().start
+            held.append(slice(begin, end))
     return held
 
 
-def _product_dtype(activations: Tensor, w: Tensor) -> torch.dtype:
-    """Return the dtype in which a CPU multiplies; either adds up in float32."""
-    worth_it = activations.dtype == torch.bfloat16 and w[0].numel() >= BF16_WEIGHTS
+def _product_dtype(activations: Tensor, outer: int) -> torch.dtype:
+    """Return the dtype in which a CPU multiplies activations by a matrix [outer, inner]; either adds up in float32."""
+    worth_it = activations.dtype == torch.bfloat16 and outer * activations.shape[1] >= BF16_WEIGHTS
     return torch.bfloat16 if worth_it else torch.float32
 
 
@@ -234,14 +234,17 @@ def experts_down(
         zeros: see above.
         h_scales: as `x_scales` in `experts_gate_up`.
     """
-    pairs = order.long()
-    y = h.new_empty(len(h), out.shape[1], dtype=_product_dtype(h, w_down))
-    with Threads(product_work(len(order) // len(slots), w_down[0].numel())):
-        held = _multiply(_operand(h, h_scales, y.dtype), w_down, scales, zeros, 1, h, slots, offsets, y)
+    y = h.new_empty(len(h), out.shape[1], dtype=_product_dtype(h, out.shape[1]))
+    held = _multiply(_operand(h, h_scales, y.dtype), w_down, scales, zeros, 1, h.dtype, slots, offsets, y)
     with Threads(y.numel()):
-        factors = weights.flatten().index_select(0, pairs)[:, None]
+        pairs = order.long()
+        weighted = y.mul_(weights.flatten().index_select(0, pairs)[:, None]).to(out.dtype)
+        if held == [slice(0, len(y))]:
+            # Reading in another order is faster than writing.
+            torch.index_select(weighted, 0, pairs.argsort(), out=out)
+            return
         for span in held:
-            out.index_copy_(0, pairs[span], (y[span] * factors[span]).to(out.dtype))
+            out.index_copy_(0, pairs[span], weighted[span])
 
 
 @experts_down.register_fake
