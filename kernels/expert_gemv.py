@@ -177,7 +177,7 @@ def experts_down_gemv(
     inner, places = gate_up.shape[2] // 2, out.unbind(0)
     # Nobody has written the sums of absent experts, and nobody reads what becomes of them.
     gate, up = (gate_up[0] if len(gate_up) == 1 else gate_up.sum(0)).chunk(2, dim=-1)
-    weighted = (F.silu(gate).mul_(up) * weights.view(-1, 1)).unbind(0)
+    weighted = (F.silu(gate).mul_(up) * weights.reshape(-1, 1)).unbind(0)
     with Threads(inner * out.shape[2]):
         for pair, slot in _resident(experts, slots):
             weight = expert_values(slot, w_down, scales, zeros, inner)

@@ -31,10 +31,9 @@ class Resident(Policy):
 
     def experts(self, index: int, inputs: list[Tensor], routings: list[Routing]) -> list[Tensor]:
         """Compute all experts in one wave."""
-        if len(routings) == 1 and len(routings[0].experts) == 1 and self.slots.is_cpu:
-            self.traffic.hits += routings[0].experts.shape[
-                1
-            ]  # one token's experts are distinct, and nothing is padding
+        if self.slots.is_cpu and sum(len(routing.experts) for routing in routings) == 1:
+            # One token's experts are distinct, and on a CPU nothing is padding.
+            self.traffic.hits += routings[0].experts.numel()
         else:
             # Counted on the device, so that the step does not wait for the host.
             seen = torch.zeros(len(self.slots) + 1, dtype=torch.int64, device=self.slots.device)
@@ -47,6 +46,5 @@ class Resident(Policy):
 
     def traffic_so_far(self) -> Traffic:
         """Return a copy of the counts: every use is a hit."""
-        return replace(
-            self.traffic, hits=self.traffic.hits + int(self.used.item())
-        )  # host-sync ok: between requests, not between tokens
+        used = int(self.used.item())  # host-sync ok: between requests, not between tokens
+        return replace(self.traffic, hits=self.traffic.hits + used)
