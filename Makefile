@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PROMPT ?= Emma was not at all surprised when
 
-.PHONY: generate test lint bench bench-policies bench-start venv clean
+.PHONY: generate test lint bench bench-policies bench-start bench-cpu venv clean
 
 generate: .venv/ready
 	@.venv/bin/python -m duomoe.generate --prompt "$(PROMPT)" --max-new-tokens 128 --temperature 0.8 --top-p 0.95 --seed 1
@@ -29,6 +29,9 @@ bench-policies: .venv/ready
 START ?= --model embedded=duomoe/assets --load embedded=duomoe/assets
 bench-start: .venv/ready
 	.venv/bin/python -P tests/benchmarks/start.py --out docs/measurements/start.json $(START)
+
+bench-cpu: .venv/ready
+	OMP_WAIT_POLICY=PASSIVE .venv/bin/python -P tests/benchmarks/cpu.py
 
 venv: .venv/ready
 

@@ -1,7 +1,8 @@
 """Hand-written Triton kernels, each with its PyTorch reference beside it.
 
 Every operation is a `torch.library` custom op in the namespace `duomoe`: on a CUDA tensor it launches the Triton
-kernel, on a CPU tensor it computes the float32 reference. Experts are addressed by slot, never by expert number alone.
+kernel, on a CPU tensor it calls torch, which comes near to the float32 reference. Experts are addressed by slot, never
+by expert number alone.
 """
 
 from duomoe.kernels.activations import quantise_activations

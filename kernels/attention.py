@@ -5,6 +5,7 @@ sequences stand one after the other in one tensor.
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -12,8 +13,10 @@ from torch import Tensor
 from duomoe.kernels.configuration import TRITON_TYPE, Configuration
 from duomoe.kernels.configuration import capability as capability_of
 from duomoe.kernels.operator import operator
+from duomoe.kernels.threads import ROWS_PER_READ, Threads
 
-# How many queries the reference scores at once; bounds its workspace to QUERY_CHUNK * context floats per head.
+# How many queries are scored at once on a CPU; bounds a mask to QUERY_CHUNK * context, and the reference's workspace to
+# as many floats per head.
 QUERY_CHUNK = 256
 # Scores are scaled by it, so that the softmax can use exp2, which the GPU has an instruction for.
 LOG2_E = 1.4426950408889634
@@ -89,9 +92,68 @@ def paged_attention(
     Returns:
         [tokens, q_heads, head_dim] in the dtype of `q`. Rows that belong to no sequence are undefined.
     """
-    return paged_attention_reference(
-        q, k_pages, v_pages, page_table, query_start, context_len, max_query_len, scale, window
-    )
+    page_size, head_dim = k_pages.shape[1], k_pages.shape[3]
+    starts, contexts = query_start.tolist(), context_len.tolist()  # host-sync ok: runs on the CPU
+    mixed = []
+    for sequence, context in enumerate(contexts):
+        begin, end = starts[sequence], starts[sequence + 1]
+        if begin == end or context == 0:
+            mixed.append(torch.zeros_like(q[begin:end], memory_format=torch.contiguous_format))
+            continue
+        # Pages that lie before the first query's window are not needed.
+        skipped = max(context - (end - begin) - window + 1, 0) // page_size if window > 0 else 0
+        pages = page_table[sequence, skipped : -(-context // page_size)].tolist()  # host-sync ok: runs on the CPU
+        keys = context - skipped * page_size
+        k, v = _in_order(k_pages, pages, keys), _in_order(v_pages, pages, keys)
+        with Threads(q.shape[1] * head_dim * keys * (end - begin) // ROWS_PER_READ):
+            mixed.append(_attend_on_cpu(q[begin:end], k, v, scale, window))
+    if starts[-1] < len(q):
+        mixed.append(torch.zeros_like(q[starts[-1] :], memory_format=torch.contiguous_format))
+    return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+
+
+def _in_order(pool: Tensor, pages: list[int], tokens: int) -> Tensor:
+    """Return the first tokens of some pages as [kv_heads, tokens, head_dim]; of neighbours in order without a copy."""
+    first, (kv_heads, head_dim) = pages[0], pool.shape[2:]
+    if pages != list(range(first, first + len(pages))):
+        pool, first = pool.index_select(0, torch.tensor(pages)), 0
+    start = pool.storage_offset() + first * pool.stride(0)
+    return pool.as_strided((kv_heads, tokens, head_dim), (head_dim, kv_heads * head_dim, 1), start)
+
+
+def _attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
+    """Return the attention of one sequence by torch's own kernel, in the shape of `q`.
+
+    Args:
+        q: [queries, q_heads, head_dim], the last one at the last key's position.
+        k: [kv_heads, keys, head_dim].
+        v: as `k`.
+        scale: as in `paged_attention`, and so is `window`.
+        window: see above.
+    """
+    queries, (kv_heads, keys, head_dim) = len(q), k.shape
+    if queries == 1:
+        # The query heads of a group share their keys, as several queries of one head do.
+        grouped = q.view(1, kv_heads, -1, head_dim)
+        if 0 < window < keys:
+            k, v = k[:, -window:], v[:, -window:]
+        return F.scaled_dot_product_attention(grouped, k[None], v[None], scale=scale).view(q.shape)
+    heads = q.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
+    k, v = (item[:, None].expand(-1, heads.shape[1], -1, -1) for item in (k, v))
+    if queries == keys and not 0 < window < keys:
+        mixed = F.scaled_dot_product_attention(heads, k, v, is_causal=True, scale=scale)
+        return mixed.permute(2, 0, 1, 3).flatten(1, 2)
+    parts = []
+    for low in range(0, queries, QUERY_CHUNK):
+        high = min(low + QUERY_CHUNK, queries)
+        position = torch.arange(low, high) + keys - queries
+        first = max(keys - queries + low - window + 1, 0) if window > 0 else 0
+        last = keys - queries + high
+        behind = position[:, None] - torch.arange(first, last)
+        visible = (behind >= 0) & (behind < window) if window > 0 else behind >= 0
+        seen = k[:, :, first:last], v[:, :, first:last]
+        parts.append(F.scaled_dot_product_attention(heads[:, :, low:high], *seen, attn_mask=visible, scale=scale))
+    return torch.cat(parts, 2).permute(2, 0, 1, 3).flatten(1, 2)
 
 
 @paged_attention.register_fake

@@ -31,6 +31,7 @@ from duomoe.kernels.quantised import (
     strides,
     tiny_int4,
 )
+from duomoe.kernels.threads import Threads
 
 # Parts of the inner dimension are whole multiples of this many elements, so that wide loads stay aligned.
 PART_UNIT = 256
@@ -115,7 +116,26 @@ def experts_gate_up_gemv(
         scales: of quantised weights, [num_slots, …], a view into the pool; the bases of packed ones; None for plain.
         zeros: of int4 weights, likewise; the patches of packed ones.
     """
-    experts_gate_up_gemv_reference(x, w_gate_up, slots, experts, out, scales, zeros)
+    inner, top_k = x.shape[1], experts.shape[1]
+    tokens, places = x.float().unbind(0), out.unbind(0)
+    with Threads(inner * out.shape[2]):
+        for pair, slot in _resident(experts, slots):
+            weight, token = expert_values(slot, w_gate_up, scales, zeros, inner, matrices=2), tokens[pair // top_k]
+            for split, place in enumerate(places):
+                part = _part(inner, len(places), split)
+                torch.mv(_columns(weight, part), _columns(token, part), out=place[pair])
+
+
+def _resident(experts: Tensor, slots: Tensor) -> list[tuple[int, int]]:
+    """Return the pairs whose experts are resident, each with the slot, on the CPU."""
+    where = [*slots.tolist(), -1]  # host-sync ok: runs on the CPU; the last one is that of padding, expert -1
+    chosen = experts.flatten().tolist()  # host-sync ok: runs on the CPU
+    return [(pair, where[expert]) for pair, expert in enumerate(chosen) if where[expert] >= 0]
+
+
+def _columns(x: Tensor, part: slice) -> Tensor:
+    """Return a part of the last dimension; the whole, which is what there mostly is, without another operation."""
+    return x if part.stop - part.start == x.shape[-1] else x[..., part]
 
 
 @experts_gate_up_gemv.register_fake
@@ -154,7 +174,16 @@ def experts_down_gemv(
         scales: as in `experts_gate_up_gemv`, and so is `zeros`.
         zeros: see above.
     """
-    experts_down_gemv_reference(gate_up, w_down, slots, experts, weights, out, scales, zeros)
+    inner, places = gate_up.shape[2] // 2, out.unbind(0)
+    # Nobody has written the sums of absent experts, and nobody reads what becomes of them.
+    gate, up = (gate_up[0] if len(gate_up) == 1 else gate_up.sum(0)).chunk(2, dim=-1)
+    weighted = (F.silu(gate).mul_(up) * weights.reshape(-1, 1)).unbind(0)
+    with Threads(inner * out.shape[2]):
+        for pair, slot in _resident(experts, slots):
+            weight = expert_values(slot, w_down, scales, zeros, inner)
+            for split, place in enumerate(places):
+                part = _part(inner, len(places), split)
+                torch.mv(_columns(weight, part), _columns(weighted[pair], part), out=place[pair])
 
 
 @experts_down_gemv.register_fake
@@ -461,11 +490,11 @@ def gemv_splits(inner: int, outer: int, pairs: int, quantised: bool) -> int:
         pairs: `tokens * top_k`.
         quantised: whether the weights are.
     """
-    programs = max(pairs, 1) * triton.cdiv(outer, QUANTISED_BLOCK_N if quantised else BLOCK_N)
-    units = triton.cdiv(inner, PART_UNIT)
-    splits = min(triton.cdiv(FULL, programs), units, MAX_SPLITS)
-    filled: int = triton.cdiv(units, triton.cdiv(units, splits))  # no part is empty
-    return filled
+    # Not triton.cdiv: it takes microseconds, and this is asked twice a layer of every decode step.
+    programs = max(pairs, 1) * -(-outer // (QUANTISED_BLOCK_N if quantised else BLOCK_N))
+    units = -(-inner // PART_UNIT)
+    splits = min(-(-FULL // programs), units, MAX_SPLITS)
+    return -(-units // -(-units // splits))  # no part is empty
 
 
 def _options(form: Form, matrices: int, inner: int, part: int) -> Form:

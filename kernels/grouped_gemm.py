@@ -33,6 +33,11 @@ from duomoe.kernels.quantised import (
     scale_places,
     strides,
 )
+from duomoe.kernels.threads import Threads, product_work
+
+# From so many weights on, a CPU multiplies bfloat16 as it is; for less, its product takes longer to begin than one of
+# float32 does in all.
+BF16_WEIGHTS = 1 << 16
 
 
 def experts_gate_up_reference(
@@ -56,7 +61,7 @@ def experts_gate_up_reference(
         if slot < 0 or begin == end:
             continue
         tokens = order[begin:end].long() // top_k
-        weight = _rounded(expert_values(slot, w_gate_up, scales, zeros, x.shape[1], matrices=2), x)
+        weight = _rounded(expert_values(slot, w_gate_up, scales, zeros, x.shape[1], matrices=2), x.dtype)
         gate, up = F.linear(values[tokens], weight).chunk(2, dim=-1)
         out[begin:end] = (F.silu(gate) * up).to(out.dtype)
 
@@ -82,13 +87,13 @@ def experts_down_reference(
         if slot < 0 or begin == end:
             continue
         pairs = order[begin:end].long()
-        y = F.linear(values[begin:end], _rounded(expert_values(slot, w_down, scales, zeros, h.shape[1]), h))
+        y = F.linear(values[begin:end], _rounded(expert_values(slot, w_down, scales, zeros, h.shape[1]), h.dtype))
         out[pairs] = (y * weights.flatten()[pairs, None]).to(out.dtype)
 
 
-def _rounded(weight: Tensor, activations: Tensor) -> Tensor:
-    """Return values as tensor cores take them beside activations; in float32, where these are fp8."""
-    return weight if activations.dtype == torch.float8_e4m3fn else weight.to(activations.dtype).float()
+def _rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return values as tensor cores take them beside activations of a dtype; in float32, where these are fp8."""
+    return weight if dtype == torch.float8_e4m3fn else weight.to(dtype).float()
 
 
 @operator(mutates_args=("out",))
@@ -119,7 +124,71 @@ def experts_gate_up(
         zeros: of int4 weights, likewise.
         x_scales: of activations in fp8 (activations.py), for fp8 weights on GPUs from sm_89 on; None for others.
     """
-    experts_gate_up_reference(x, w_gate_up, slots, order, offsets, top_k, out, scales, zeros, x_scales)
+    dtype = _product_dtype(x, 2 * out.shape[1])
+    rows = _operand(x, x_scales, dtype).index_select(0, order // top_k)
+    both = rows.new_empty(len(order), 2 * out.shape[1])
+    held = _multiply(rows, w_gate_up, scales, zeros, 2, x.dtype, slots, offsets, both)
+    with Threads(both.numel()):
+        gate, up = both.float().chunk(2, dim=-1)
+        # Of all pairs, resident or not, because the bits of `silu` may depend on how many values it is given.
+        gated = F.silu(gate).mul_(up)
+        for span in held:
+            out[span] = gated[span]
+
+
+def _multiply(
+    rows: Tensor,
+    w: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    matrices: int,
+    dtype: torch.dtype,
+    slots: Tensor,
+    offsets: Tensor,
+    out: Tensor,
+) -> list[slice]:
+    """Multiply the rows of every resident expert by its matrix, on the CPU.
+
+    Args:
+        rows: [pairs, inner], sorted by expert.
+        w: the pool's weights; `scales` and `zeros` are theirs, and `matrices` says how many are stacked in each.
+        scales: see above.
+        zeros: see above.
+        matrices: see above.
+        dtype: of the activations, to which weights are rounded; that of `rows` and `out` is the product's.
+        slots: as in `experts_gate_up`, and so is `offsets`.
+        offsets: see above.
+        out: [pairs, outer], written for the resident pairs.
+
+    Returns:
+        The resident pairs' places, neighbours together.
+    """
+    where, starts = slots.tolist(), offsets.tolist()  # host-sync ok: runs on the CPU
+    held: list[slice] = []
+    # Whether threads share a product must not depend on what is resident, so an average counts.
+    with Threads(product_work(len(rows) // len(where), out.shape[1] * rows.shape[1])):
+        for slot, begin, end in zip(where, starts[:-1], starts[1:], strict=True):
+            if slot < 0 or begin == end:
+                continue
+            weight = w[slot]
+            if scales is not None:
+                weight = _rounded(expert_values(slot, w, scales, zeros, rows.shape[1], matrices), dtype)
+            torch.mm(rows[begin:end], weight.to(rows.dtype).t(), out=out[begin:end])
+            if held and held[-1].stop == begin:
+                begin = held.pop().start
+            held.append(slice(begin, end))
+    return held
+
+
+def _product_dtype(activations: Tensor, outer: int) -> torch.dtype:
+    """Return the dtype in which a CPU multiplies activations by a matrix [outer, inner]; either adds up in float32."""
+    worth_it = activations.dtype == torch.bfloat16 and outer * activations.shape[1] >= BF16_WEIGHTS
+    return torch.bfloat16 if worth_it else torch.float32
+
+
+def _operand(activations: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return activations as a CPU multiplies them."""
+    return activations.to(dtype) if scales is None else dequantise_activations(activations, scales)
 
 
 @experts_gate_up.register_fake
@@ -165,7 +234,17 @@ def experts_down(
         zeros: see above.
         h_scales: as `x_scales` in `experts_gate_up`.
     """
-    experts_down_reference(h, w_down, slots, order, offsets, weights, out, scales, zeros, h_scales)
+    y = h.new_empty(len(h), out.shape[1], dtype=_product_dtype(h, out.shape[1]))
+    held = _multiply(_operand(h, h_scales, y.dtype), w_down, scales, zeros, 1, h.dtype, slots, offsets, y)
+    with Threads(y.numel()):
+        pairs = order.long()
+        weighted = y.mul_(weights.flatten().index_select(0, pairs)[:, None]).to(out.dtype)
+        if held == [slice(0, len(y))]:
+            # Reading in another order is faster than writing.
+            torch.index_select(weighted, 0, pairs.argsort(), out=out)
+            return
+        for span in held:
+            out.index_copy_(0, pairs[span], weighted[span])
 
 
 @experts_down.register_fake

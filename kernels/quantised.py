@@ -114,6 +114,8 @@ def expert_values(
     slot: int, w: Tensor, scales: Tensor | None, zeros: Tensor | None, inner: int, matrices: int = 1
 ) -> Tensor:
     """Return `dequantise` of the expert in a slot of a pool, whose tensors have a dimension of slots in front."""
+    if scales is None:
+        return w[slot].float()
     scales, zeros = (None if item is None else item[slot] for item in (scales, zeros))
     return dequantise(w[slot], scales, zeros, inner, matrices)
 

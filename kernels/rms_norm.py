@@ -1,12 +1,14 @@
 """RMSNorm, alone and fused with the residual addition that precedes it (Zhang & Sennrich, arXiv 1910.07467)."""
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from duomoe.kernels.configuration import TRITON_TYPE, Configuration
 from duomoe.kernels.operator import operator
+from duomoe.kernels.threads import Threads
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -25,7 +27,8 @@ def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: flo
 @operator()
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Scale each row of `x` [..., hidden] to unit root mean square, then by `weight` [hidden]; same dtype as `x`."""
-    return rms_norm_reference(x, weight, eps)
+    with Threads(x.numel()):
+        return F.rms_norm(x, weight.shape, weight, eps).contiguous()
 
 
 @rms_norm.register_fake
@@ -40,7 +43,9 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     Returns `(rms_norm(sum), sum)`. The sum is rounded to the dtype of `x` before it is normalised, so that both
     results come from the same numbers.
     """
-    return add_rms_norm_reference(x, residual, weight, eps)
+    with Threads(x.numel()):
+        total = x + residual
+        return F.rms_norm(total, weight.shape, weight, eps), total
 
 
 @add_rms_norm.register_fake

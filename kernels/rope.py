@@ -5,6 +5,7 @@ element `i` of a head is rotated with element `i + head_dim / 2`.
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from duomoe.kernels.configuration import TRITON_TYPE, Configuration
 from duomoe.kernels.operator import operator
 from duomoe.kernels.rms_norm import rms_norm_reference
+from duomoe.kernels.threads import Threads
 
 
 def rope_and_cache_reference(
@@ -74,7 +76,33 @@ def rope_and_cache(
     Returns:
         The rotated queries, [tokens, q_heads, head_dim], in the dtype of `qkv`.
     """
-    return rope_and_cache_reference(qkv, cos, sin, k_pages, v_pages, rows, q_norm, k_norm, eps)
+    kv_heads, head_dim = k_pages.shape[2:]
+    q_heads = qkv.shape[1] // head_dim - 2 * kv_heads
+    heads = qkv.view(len(qkv), q_heads + 2 * kv_heads, head_dim)
+    with Threads(qkv.numel()):
+        both, v = heads[:, :-kv_heads], heads[:, -kv_heads:]  # queries and keys are rotated together
+        if q_norm is not None or k_norm is not None:
+            parts = zip(both.split([q_heads, kv_heads], dim=1), (q_norm, k_norm), strict=True)
+            both = torch.cat([x if norm is None else F.rms_norm(x, norm.shape, norm, eps) for x, norm in parts], 1)
+        both = _rotated(both, cos, sin)
+        q, k = both[:, :q_heads].contiguous(), both[:, q_heads:]
+        if min(rows.tolist(), default=0) < 0:  # host-sync ok: runs on the CPU
+            kept = rows >= 0
+            rows, k, v = rows[kept], k[kept], v[kept]
+        k_pages.view(-1, kv_heads, head_dim).index_copy_(0, rows, k)
+        v_pages.view(-1, kv_heads, head_dim).index_copy_(0, rows, v)
+        return q
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return heads [tokens, heads, head_dim] with their halves rotated."""
+    halves = x.float().unflatten(2, (2, -1))
+    cos, sin = cos[:, None, None], sin[:, None]
+    out: Tensor = halves * cos
+    (first, second), (to_first, to_second) = halves.unbind(2), out.unbind(2)
+    to_first.addcmul_(second, sin, value=-1)
+    to_second.addcmul_(first, sin)
+    return out.flatten(2).to(x.dtype)
 
 
 @rope_and_cache.register_fake

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from types import FunctionType
 from typing import ParamSpec, TypeVar
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from duomoe.kernels import rms_norm
+from duomoe.kernels.threads import Threads, product_work
 from duomoe.models import block
 from duomoe.models.architecture import Architecture
 from duomoe.models.batch import Batch, LayerKV, Routing
@@ -52,6 +54,7 @@ class Model:
         tied = config.tie_word_embeddings
         self.head = self.embedding if tied else self._allocate([("lm_head.weight", vocab_by_hidden)])
         self._before, self._after = block.before, block.after
+        self.compiled = compiled
         if compiled:
             self._before, self._after = _compiled(block.before), _compiled(block.after)
 
@@ -83,15 +86,29 @@ class Model:
 
     def before(self, layer: int, x: Tensor, batch: Batch, kv: LayerKV) -> tuple[Tensor, Tensor, Routing | None]:
         """Run a block up to its experts (block.before)."""
-        return self._before(self.blocks[layer], self.config, self.config.windows[layer], x, batch, kv)
+        with self._threads(len(x), self.blocks[layer].qkv):
+            return self._before(self.blocks[layer], self.config, self.config.windows[layer], x, batch, kv)
 
     def after(self, layer: int, x: Tensor, h: Tensor, y: Tensor | None) -> Tensor:
         """Run a block from its experts' sum on (block.after)."""
-        return self._after(self.blocks[layer], x, h, y)
+        weights = self.blocks[layer]
+        mlp = weights.shared_gate_up if weights.dense_gate_up is None else weights.dense_gate_up
+        with self._threads(len(x), mlp):
+            return self._after(weights, x, h, y)
 
     def logits(self, x: Tensor) -> Tensor:
         """Return float32 logits [tokens, vocab] of the residual stream [tokens, hidden] that left the last block."""
-        return F.linear(rms_norm(x, self.final_norm, self.config.rms_norm_eps), self.head).float()
+        with self._threads(len(x), self.head):
+            return F.linear(rms_norm(x, self.final_norm, self.config.rms_norm_eps), self.head).float()
+
+    def _threads(self, rows: int, weights: Tensor | None) -> AbstractContextManager[None]:
+        """Return the threads for a computation of which a product with `weights` is the largest.
+
+        Compiled functions are for one number of threads, so those keep it.
+        """
+        if self.device.type != "cpu" or self.compiled:
+            return nullcontext()
+        return Threads(rows * self.config.hidden_size if weights is None else product_work(rows, weights.numel()))
 
 
 def _compiled(function: Callable[P, R]) -> Callable[P, R]:

@@ -135,3 +135,15 @@ for package in (duomoe.kernels, duomoe.models):
         "duomoe.models.mixtral",
     ):
         assert name in done.stdout
+
+
+def test_resident_counts_the_experts_of_each_layer_and_step(
+    tiny: Callable[..., Any], prompt_of: Callable[..., list[int]]
+) -> None:
+    llm = LLM(tiny("qwen3_moe").path, device="cpu", max_batch=2)
+    distinct = []
+    llm.policy.observer = lambda index, h, routing: distinct.append(len(routing.experts.unique()))
+    for prompts in ([prompt_of(9)], [prompt_of(9), prompt_of(1, seed=1)]):
+        distinct.clear()
+        completion = llm.generate(prompts, SamplingParams(max_new_tokens=4))[-1]
+        assert completion.metrics.experts.hits == sum(distinct) > 0

@@ -1,6 +1,7 @@
 """What the kernel tests share: where and in which dtypes they run, how close is close, and random expert layers."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,9 @@ DTYPES = [torch.float16, torch.float32] + ([torch.bfloat16] if GPU else [])
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+each_cpu_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype).removeprefix("torch.")
+)
 few = settings(deadline=None, max_examples=8, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
@@ -30,6 +34,11 @@ def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32, scale: fl
     """Normally distributed numbers, on the device."""
     random = torch.Generator(DEVICE).manual_seed(seed)
     return torch.randn(shape, generator=random, device=DEVICE).mul_(scale).to(dtype)
+
+
+def on_cpu(*args: Any) -> tuple[Any, ...]:
+    """The same arguments for an operator on the CPU, which does not share their memory."""
+    return tuple(arg.cpu().clone() if isinstance(arg, Tensor) else arg for arg in args)
 
 
 def assert_close(actual: Tensor, expected: Tensor) -> None:
@@ -67,6 +76,11 @@ class ExpertLayer:
     @property
     def intermediate(self) -> int:
         return self.w_gate_up.shape[1] // 2
+
+    def on_cpu(self) -> "ExpertLayer":
+        """The same on the CPU; poolwise views become tensors of their own."""
+        fields = vars(self)
+        return ExpertLayer(*(on_cpu(*field) if isinstance(field, tuple) else field.cpu() for field in fields.values()))
 
     def sorted_pairs(self) -> tuple[Tensor, Tensor]:
         return group_by_expert_reference(self.experts, len(self.slots))

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import DEVICE, assert_close, each_dtype, few, generator, normal
+from kernel_cases import DEVICE, assert_close, each_cpu_dtype, each_dtype, few, generator, normal, on_cpu
 from torch import Tensor
 
 from duomoe.kernels.attention import paged_attention, paged_attention_reference, paged_attention_triton
@@ -198,6 +198,29 @@ def test_reference_is_attention(queries: list[int], window: int) -> None:
 @pytest.mark.parametrize("queries", [[1, 1], [5, 2]])
 def test_op_keeps_its_promises(queries: list[int]) -> None:
     torch.library.opcheck(paged_attention.overload, draw(0, torch.float32, queries, [3, 9]).args())
+
+
+@each_cpu_dtype
+@pytest.mark.parametrize("window", [0, 1, 9, 130, 1000])
+@pytest.mark.parametrize("neighbours", [True, False])
+@pytest.mark.parametrize("head", [(2, 3, 48), (1, 1, 32)])
+def test_on_a_cpu(dtype: torch.dtype, window: int, neighbours: bool, head: tuple[int, int, int]) -> None:
+    for queries, prefixes in (([1, 1, 0, 1], [300, 20, 3, 0]), ([70, 0, 300, 2, 1], [0, 4, 0, 140, 7]), ([290], [33])):
+        case = draw(0, dtype, queries, prefixes, 4, *head, window, padding=2)
+        args = on_cpu(*case.args())
+        if neighbours:
+            used = [-(-context // 4) for context in case.context_len.tolist()]
+            for sequence, count in enumerate(used):
+                args[3][sequence, :count] = torch.arange(count) + sum(used[:sequence])
+        out, rows = paged_attention(*args), len(case.owned())
+        assert out.shape == case.q.shape and out.is_contiguous()
+        assert_close(out[:rows], paged_attention_reference(*args)[:rows])
+
+
+def test_a_padding_sequence_on_a_cpu_gives_zeros() -> None:
+    case = draw(0, torch.float32, [1, 1], [20, 0])
+    case.context_len[1] = 0
+    assert not paged_attention(*on_cpu(*case.args()))[1].any()
 
 
 @pytest.mark.gpu

@@ -1,7 +1,8 @@
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import DEVICE, DTYPES, assert_close, each_dtype, few, generator, normal
+from kernel_cases import DEVICE, DTYPES, assert_close, each_cpu_dtype, each_dtype, few, generator, normal, on_cpu
 
 from duomoe.kernels.combine import combine, combine_reference, combine_triton
 
@@ -36,3 +37,16 @@ def test_reference_is_a_sum() -> None:
 def test_op_keeps_its_promises() -> None:
     experts = torch.zeros(5, 4, dtype=torch.int32, device=DEVICE)
     torch.library.opcheck(combine.overload, (normal(0, 3, 20, 24), experts, torch.float16))
+
+
+@each_cpu_dtype
+@pytest.mark.parametrize("splits", [1, 3])
+def test_on_a_cpu_bit_for_bit(dtype: torch.dtype, splits: int) -> None:
+    parts, experts = on_cpu(normal(0, splits, 5 * 4, 24, dtype=dtype), torch.zeros(5, 4, dtype=torch.int32))
+    assert torch.equal(combine(parts, experts, dtype), combine_reference(parts, experts, dtype))
+    experts[1:3, 2] = -1
+    parts[:, experts.flatten() < 0] = float("nan")
+    kept = parts.clone()
+    assert torch.equal(combine(parts, experts, dtype), combine_reference(parts, experts, dtype))
+    assert torch.equal(parts.nan_to_num(), kept.nan_to_num())
+    assert combine(parts[:, :0], experts[:0], dtype).shape == (0, 24)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -6,6 +8,7 @@ from kernel_cases import (
     DEVICE,
     ExpertLayer,
     assert_close,
+    each_cpu_dtype,
     each_dtype,
     expert_layer,
     few,
@@ -175,6 +178,35 @@ def test_ops_keep_their_promises() -> None:
     )
     args = (gate_up, layer.w_down, layer.slots, layer.experts, layer.weights, out)
     torch.library.opcheck(experts_down_gemv.overload, args)
+
+
+def run_on_cpu(layer: ExpertLayer, gate_up: Tensor, out: Tensor) -> None:
+    experts_gate_up_gemv(layer.x, layer.w_gate_up, layer.slots, layer.experts, gate_up, *layer.gate_up_also)
+    experts_down_gemv(gate_up, layer.w_down, layer.slots, layer.experts, layer.weights, out, *layer.down_also)
+
+
+@each_cpu_dtype
+@pytest.mark.parametrize("splits", [(1, 1), (3, 2)])
+@pytest.mark.parametrize("form", ["plain", "packed", "int4"])
+def test_on_a_cpu(dtype: torch.dtype, splits: tuple[int, int], form: str) -> None:
+    layer = expert_layer(0, dtype, 520, 20, 8, 3, 3, absent=0.4, padding=0.2)
+    layer = {"plain": lambda: layer, "packed": lambda: packed(layer), "int4": lambda: quantised(layer, "int4")}[form]()
+    layer = layer.on_cpu()
+    results, expected = ([tensor.cpu() for tensor in poisoned(layer, *splits)] for _ in range(2))
+    run_on_cpu(layer, *results)
+    run_reference(layer, *expected)
+    resident = layer.resident()
+    assert 0 < resident.sum() < len(resident)
+    for result, wanted in zip(results, expected, strict=True):
+        assert_close(result[:, resident], wanted[:, resident])
+        assert result[:, ~resident].isnan().all()
+    whole, in_waves = ([tensor.cpu() for tensor in poisoned(layer, *splits)] for _ in range(2))
+    everywhere = replace(layer, slots=torch.arange(8, dtype=torch.int32))
+    run_on_cpu(everywhere, *whole)
+    for wave in everywhere.waves(3, 1):
+        run_on_cpu(wave, *in_waves)
+    for one, other in zip(whole, in_waves, strict=True):
+        assert torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
 @pytest.mark.gpu

@@ -1,10 +1,21 @@
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from kernel_cases import DEVICE, ExpertLayer, assert_close, each_dtype, expert_layer, few, moe_by_hand, quantised
+from kernel_cases import (
+    DEVICE,
+    ExpertLayer,
+    assert_close,
+    each_cpu_dtype,
+    each_dtype,
+    expert_layer,
+    few,
+    moe_by_hand,
+    quantised,
+)
 from torch import Tensor
 
 from duomoe.kernels.activations import quantise_activations_reference
@@ -188,6 +199,41 @@ def test_ops_keep_their_promises() -> None:
     h, out = (tensor.zero_() for tensor in poisoned(layer))
     torch.library.opcheck(experts_gate_up.overload, (layer.x, layer.w_gate_up, layer.slots, order, offsets, 2, h))
     torch.library.opcheck(experts_down.overload, (h, layer.w_down, layer.slots, order, offsets, layer.weights, out))
+
+
+def run_on_cpu(layer: ExpertLayer, h: Tensor, out: Tensor) -> None:
+    order, offsets = layer.sorted_pairs()
+    top_k = layer.experts.shape[1]
+    experts_gate_up(layer.x, layer.w_gate_up, layer.slots, order, offsets, top_k, h, *layer.gate_up_also)
+    experts_down(h, layer.w_down, layer.slots, order, offsets, layer.weights, out, *layer.down_also)
+
+
+@each_cpu_dtype
+@pytest.mark.parametrize("bf16_weights", [0, 1 << 16])
+@pytest.mark.parametrize("form", ["plain", "int4", "fp8"])
+def test_on_a_cpu(dtype: torch.dtype, bf16_weights: int, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("duomoe.kernels.grouped_gemm.BF16_WEIGHTS", bf16_weights)
+    layer = expert_layer(0, dtype, 136, 37, 8, 3, 31, absent=0.4, padding=0.2)
+    layer = (layer if form == "plain" else quantised(layer, form)).on_cpu()
+    (h, out), (expected_h, expected) = ([tensor.cpu() for tensor in poisoned(layer)] for _ in range(2))
+    run_on_cpu(layer, h, out)
+    run_reference(layer, expected_h, expected)
+    resident, order = layer.resident(), layer.sorted_pairs()[0].long()
+    assert 0 < resident.sum() < len(resident)
+    assert_close(h[resident[order]], expected_h[resident[order]])
+    assert_close(out[resident], expected[resident])
+    assert h[~resident[order]].isnan().all()
+    assert out[~resident].isnan().all()
+    whole, in_waves = ([tensor.cpu() for tensor in poisoned(layer)] for _ in range(2))
+    everywhere = replace(layer, slots=torch.arange(8, dtype=torch.int32), experts=layer.experts.clamp(min=0))
+    run_on_cpu(everywhere, *whole)
+    run_reference(everywhere, expected_h, expected)
+    assert_close(whole[0], expected_h)
+    assert_close(whole[1], expected)
+    for wave in everywhere.waves(3, 1):
+        run_on_cpu(wave, *in_waves)
+    for one, other in zip(whole, in_waves, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.gpu

@@ -2,7 +2,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import DEVICE, assert_close, each_dtype, few, normal
+from kernel_cases import DEVICE, assert_close, each_cpu_dtype, each_dtype, few, normal, on_cpu
 
 from duomoe.kernels.rms_norm import (
     add_rms_norm,
@@ -54,3 +54,19 @@ def test_ops_keep_their_promises() -> None:
     torch.library.opcheck(rms_norm.overload, (normal(2, 3, 2, 40)[..., :32], weight, 1e-6))
     torch.library.opcheck(add_rms_norm.overload, (x, normal(3, 3, 32), weight, 1e-6))
     assert rms_norm(x, weight, 1e-6).device.type == DEVICE.type
+
+
+@each_cpu_dtype
+def test_on_a_cpu(dtype: torch.dtype) -> None:
+    x, residual, weight = on_cpu(
+        *(normal(seed, *shape, dtype=dtype) for seed, shape in enumerate([(7, 96)] * 2 + [(48,)]))
+    )
+    x, residual = x[:, 40:88], residual[:, :48]
+    assert_close(rms_norm(x, weight, 1e-5), rms_norm_reference(x, weight, 1e-5))
+    assert rms_norm(x, weight, 1e-5).is_contiguous()
+    (normed, total), expected = (
+        add_rms_norm(x, residual, weight, 1e-5),
+        add_rms_norm_reference(x, residual, weight, 1e-5),
+    )
+    assert_close(normed, expected[0])
+    assert torch.equal(total, expected[1])

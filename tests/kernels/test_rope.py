@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import DEVICE, assert_close, each_dtype, few, generator, normal
+from kernel_cases import DEVICE, assert_close, each_cpu_dtype, each_dtype, few, generator, normal, on_cpu
 from torch import Tensor
 
 from duomoe.kernels.rope import rope_and_cache, rope_and_cache_reference, rope_and_cache_triton
@@ -79,3 +79,19 @@ def test_op_keeps_its_promises() -> None:
     rows = torch.tensor([5, -1, 0], device=DEVICE)
     args = (normal(0, 3, 8 * 32), *angles(1, 3, 32), k_pages, v_pages.clone(), rows, normal(2, 32), normal(3, 32), 1e-6)
     torch.library.opcheck(rope_and_cache.overload, args)
+
+
+@each_cpu_dtype
+@pytest.mark.parametrize("norms", ["both", "q", "k", "none"])
+def test_on_a_cpu(dtype: torch.dtype, norms: str) -> None:
+    qkv, cos, sin = on_cpu(normal(0, 6, 8 * 48, dtype=dtype), *angles(1, 6, 48))
+    q_norm, k_norm = on_cpu(normal(2, 48, dtype=dtype), normal(3, 48, dtype=dtype))
+    q_norm, k_norm = q_norm if norms in ("both", "q") else None, k_norm if norms in ("both", "k") else None
+    for rows in (torch.tensor([5, 6, 0, 8, 2, 3]), torch.tensor([-1, 6, -1, 8, 2, 3])):
+        pages, expected_pages = (torch.full((2, 3, 3, 2, 48), 7.0, dtype=dtype) for _ in range(2))
+        q = rope_and_cache(qkv, cos, sin, *pages, rows, q_norm, k_norm, 1e-6)
+        expected = rope_and_cache_reference(qkv, cos, sin, *expected_pages, rows, q_norm, k_norm, 1e-6)
+        assert_close(q, expected)
+        assert q.is_contiguous()
+        assert_close(pages, expected_pages)
+        assert torch.equal(pages == 7.0, expected_pages == 7.0)  # Nothing else was written.

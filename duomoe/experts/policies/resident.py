@@ -31,15 +31,20 @@ class Resident(Policy):
 
     def experts(self, index: int, inputs: list[Tensor], routings: list[Routing]) -> list[Tensor]:
         """Compute all experts in one wave."""
-        # Counted on the device, so that the step does not wait for the host.
-        seen = torch.zeros(len(self.slots) + 1, dtype=torch.int64, device=self.slots.device)
-        for routing in routings:
-            seen.index_fill_(0, routing.experts.flatten().long(), 1)  # padding, -1, goes to the last place
-        self.used += seen[:-1].sum()
+        if self.slots.is_cpu and sum(len(routing.experts) for routing in routings) == 1:
+            # One token's experts are distinct, and on a CPU nothing is padding.
+            self.traffic.hits += routings[0].experts.numel()
+        else:
+            # Counted on the device, so that the step does not wait for the host.
+            seen = torch.zeros(len(self.slots) + 1, dtype=torch.int64, device=self.slots.device)
+            for routing in routings:
+                seen.index_fill_(0, routing.experts.flatten().long(), 1)  # padding, -1, goes to the last place
+            self.used += seen[:-1].sum()
         total = self.layer_sum(inputs, routings)
         total.wave(self.weights[index], self.slots, len(self.slots))
         return total.totals()
 
     def traffic_so_far(self) -> Traffic:
         """Return a copy of the counts: every use is a hit."""
-        return replace(self.traffic, hits=int(self.used.item()))  # host-sync ok: between requests, not between tokens
+        used = int(self.used.item())  # host-sync ok: between requests, not between tokens
+        return replace(self.traffic, hits=self.traffic.hits + used)
