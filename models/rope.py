@@ -5,11 +5,16 @@ Sources: linear (position interpolation, arXiv 2306.15595), dynamic (NTK-aware, 
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
+from duomoe.kernels.threads import Threads
 from duomoe.models.config import RopeConfig
+
+# What the cosine and sine of an angle take a CPU, in weights that are read once (kernels/threads.py).
+TURN_WORK = 32
 
 
 class Rotary:
@@ -29,8 +34,9 @@ class Rotary:
             lengths: [tokens], how long its sequence is by now; only the dynamic scheme looks at it.
         """
         rates = self._dynamic_rates(lengths) if self.config.kind == "dynamic" else self.rates
-        angles = positions[:, None].float() * rates
-        return angles.cos() * self.amplitude, angles.sin() * self.amplitude
+        with Threads(TURN_WORK * len(positions) * len(self.exponents)) if positions.is_cpu else nullcontext():
+            angles = positions[:, None].float() * rates
+            return angles.cos() * self.amplitude, angles.sin() * self.amplitude
 
     def _dynamic_rates(self, lengths: Tensor) -> Tensor:
         """Return [tokens, head_dim / 2]: the base grows once a sequence is longer than the training context."""
