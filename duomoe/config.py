@@ -15,6 +15,9 @@ from duomoe.models.config import DTYPES, ModelConfig
 from duomoe.sizes import format_size, parse_size, parse_size_or_share, parse_time
 
 
+HOST = torch.device("cpu")
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """The user's choices; every field has the command line's spelling and default."""
@@ -49,7 +52,7 @@ class EngineConfig:
             raise InputError("--link-bandwidth paces the CPU's link; leave it out, or say --device cpu")
 
     def torch_device(self) -> torch.device:
-        """Return the device to compute on.
+        """Return the device to compute on: of several GPUs the one that is torch's current one in this thread.
 
         Raises:
             InputError: when CUDA is asked for and there is none.
@@ -57,7 +60,7 @@ class EngineConfig:
         present = torch.cuda.is_available()
         if self.device == "cuda" and not present:
             raise InputError("--device cuda: no usable CUDA GPU was found; use --device cpu or auto")
-        return torch.device("cuda" if present and self.device != "cpu" else "cpu")
+        return torch.device("cuda", torch.cuda.current_device()) if present and self.device != "cpu" else HOST
 
     def torch_dtype(self, model: ModelConfig) -> torch.dtype:
         """Return the dtype of weights and activations."""

@@ -125,7 +125,8 @@ class _Graph:
         device = step.model.device
         self.integers, self.floats = integers.to(device), floats.to(device)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=step._pool):
+        # What other threads do on the GPU meanwhile is their own affair.
+        with torch.cuda.graph(self.graph, pool=step._pool, capture_error_mode="thread_local"):
             self.tokens = step._step(self.integers, self.floats, greedy)
 
     def run(self, integers: Tensor, floats: Tensor) -> Tensor:

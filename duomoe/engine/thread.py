@@ -13,6 +13,8 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
+import torch
+
 from duomoe.engine.engine import Engine
 
 R = TypeVar("R")
@@ -103,6 +105,8 @@ def _end_all() -> None:
 
 def _run(engine: Engine, inbox: "SimpleQueue[Message]") -> None:
     """Do what comes in, and steps between; until None comes in."""
+    if engine.model.device.type == "cuda":
+        torch.cuda.set_device(engine.model.device)  # each thread has a current one of its own
     while True:
         try:
             message = inbox.get(block=not engine.has_work)
