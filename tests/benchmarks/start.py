@@ -79,7 +79,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {"device": f"{device}, torch {torch.__version__}", "starts": {}, "loads": {}}
     for named in args.model:
         label, _, model = named.partition("=")
-        options = ["--expert-memory", args.expert_memory] if args.expert_memory else []
+        options = [*args.also.split(), *(["--expert-memory", args.expert_memory] if args.expert_memory else [])]
         with tempfile.TemporaryDirectory() as cache:
             environment = os.environ | {"TRITON_CACHE_DIR": cache}
             first = start(model, options, environment)
@@ -94,6 +94,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             found["loads"][f"{label}, {form}"] = {"median": medians(rounds), "rounds": rounds}
             print(label, form, json.dumps(medians(rounds)), flush=True)
     return found
+
+
+def page(device: str, found: dict[str, Any]) -> str:
+    """Return what docs/measurements.md has of one device."""
+    return f"{device}; medians, in seconds:\n\n{tables(found)}"
 
 
 def tables(found: dict[str, Any]) -> str:
@@ -136,13 +141,14 @@ def main() -> None:
     p.add_argument("--load", nargs="*", default=[], metavar="LABEL=DIR", help="to load")
     p.add_argument("--expert-dtype", nargs="*", default=["auto"], help="of what is loaded, each in turn")
     p.add_argument("--expert-memory", help="as of duomoe.generate")
+    p.add_argument("--also", default="", metavar="OPTIONS", help="of duomoe.generate, for starts: '--compile on'")
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--out", type=Path, help="the JSON file to add to")
     p.add_argument("--tables", type=Path, help="print the tables of a file, and do nothing else")
     args = p.parse_args()
     if args.tables:
         for device, figures in json.loads(args.tables.read_text()).items():
-            print(f"{device}; medians, in seconds:\n\n{tables(figures)}")
+            print(page(device, figures))
         return
     found = measure(args)
     if args.out:
