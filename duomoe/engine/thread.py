@@ -40,8 +40,10 @@ class EngineThread:
         self._thread = threading.Thread(target=_run, args=(engine, self._inbox), name="duomoe-engine", daemon=True)
         self._end = weakref.finalize(self, self._inbox.put, None)
         self._end.atexit = False  # `_end_all` does more
-        _running[self._thread] = self._inbox
+        for thread in [thread for thread in _threads if not thread.is_alive()]:
+            _threads.pop(thread, None)
         self._thread.start()
+        _threads[self._thread] = self._inbox
 
     def send(self, message: Callable[[Engine], None]) -> None:
         """Have something done between two steps; returns at once. May be called anywhere, even by a destructor."""
@@ -91,14 +93,14 @@ class EngineThread:
             self._thread.join()
 
 
-# Threads that have not ended, whether anybody holds them or not.
-_running: dict[threading.Thread, "SimpleQueue[Message]"] = {}
+# All that may still run, whether anybody holds them or not. One that was told to end has yet to let go of its engine.
+_threads: dict[threading.Thread, "SimpleQueue[Message]"] = {}
 
 
 @atexit.register
 def _end_all() -> None:
     """End all threads before the interpreter does: one that computes then would take the process down with it."""
-    for thread, inbox in list(_running.items()):
+    for thread, inbox in list(_threads.items()):
         inbox.put(None)
         thread.join()
 
@@ -117,7 +119,6 @@ def _run(engine: Engine, inbox: "SimpleQueue[Message]") -> None:
             break
         _attempt(engine, partial(message, engine))
     engine.close()
-    _running.pop(threading.current_thread(), None)
 
 
 def _attempt(engine: Engine, work: Callable[[], None]) -> None:

@@ -1,0 +1,182 @@
+"""Random schedules of an engine: arrivals, steps, cancels and faults of the link in any order.
+
+Every request that finishes has the tokens and the text that it has alone; every one that fails was in a step that did;
+and in the end no page, no slot and no request is left.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from queue import Empty
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from duomoe import LLM, SamplingParams
+from duomoe.engine.completion import Completion
+from duomoe.engine.request import Request
+from duomoe.experts.link import HostLink, LinkError
+
+# The embedded model has a tokenizer, so that texts can end at stop strings; experts are what matters here.
+PROMPTS = ["The sea", "def main():\n", "Emma was not at all surprised when", "a", "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, " * 3]
+STOPS: list[tuple[str, ...]] = [(), ("e",), (" the", "\n")]
+FAULT = OSError("a fault of the link")
+
+
+@cache
+def model(policy: str, slots: str) -> LLM:
+    bounded = {} if policy == "resident" else {"expert_memory": slots}
+    return LLM(dtype="float32", device="cpu", policy=policy, max_batch=3, max_model_len=96, **bounded)
+
+
+@cache
+def alone(prompt: str, params: SamplingParams) -> Completion:
+    return model("resident", "").generate(prompt, params)[0]
+
+
+@dataclass
+class Followed:
+    """A request, what it has alone, and what has come of it so far."""
+
+    request: Request
+    expected: Completion
+    tokens: list[int]
+    text: str = ""
+    ended: bool = False
+
+
+class Schedules(RuleBasedStateMachine):
+    """Drives an engine from this thread, as its own thread would; that one waits for messages that do not come."""
+
+    @initialize(
+        policy=st.sampled_from(["duo", "lru", "resident", "on_demand"]), slots=st.sampled_from(["1%", "8%", "40%"])
+    )
+    def begin(self, policy: str, slots: str) -> None:
+        self.llm = model(policy, slots)
+        self.engine = self.llm.engine
+        self.live: list[Followed] = []
+        self.faulty = 0  # so many copies from now on fails one; 0 for none
+        self.failed = False  # since then
+        move = HostLink._move
+
+        def moving(link: HostLink, copy: Any, size: int) -> None:
+            self.faulty -= 1
+            if self.faulty == 0:
+                self.failed = True
+                raise FAULT
+            move(link, copy, size)
+
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(HostLink, "_move", moving)
+
+    @rule(
+        prompt=st.sampled_from(PROMPTS),
+        stop=st.sampled_from(STOPS),
+        new=st.integers(1, 8),
+        temperature=st.sampled_from([0.0, 0.9]),
+    )
+    def arrive(self, prompt: str, stop: tuple[str, ...], new: int, temperature: float) -> None:
+        params = SamplingParams(max_new_tokens=new, stop=stop, temperature=temperature, seed=3)
+        request = self.llm._request(prompt, params)
+        self.engine.add(request)
+        self.live.append(Followed(request, alone(prompt, params), []))
+
+    @precondition(lambda self: self.live)
+    @rule()
+    def step(self) -> None:
+        self.failed = False
+        running = list(self.engine.scheduler.running)
+        self.engine.step()
+        for followed in list(self.live):
+            self.read(followed, may_fail=self.failed)
+        assert len(self.engine.scheduler.running) <= 3
+        assert self.live or not running or not self.engine.scheduler.running
+
+    def read(self, followed: Followed, may_fail: bool) -> None:
+        while True:
+            try:
+                event = followed.request.outbox.get(timeout=0)
+            except Empty:
+                return
+            assert not followed.ended, "something came behind the end"
+            if isinstance(event, BaseException):
+                assert may_fail and isinstance(event, LinkError) and event.__cause__ is FAULT
+                self.live.remove(followed)
+                followed.ended = True
+                continue
+            followed.tokens.append(event.token_id)
+            followed.text += event.text
+            assert followed.tokens == followed.expected.token_ids[: len(followed.tokens)]
+            if event.completion is not None:
+                assert followed.tokens == event.completion.token_ids == followed.expected.token_ids
+                assert followed.text == event.completion.text == followed.expected.text
+                assert event.completion.finish_reason == followed.expected.finish_reason
+                self.live.remove(followed)
+                followed.ended = True
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        followed = data.draw(st.sampled_from(self.live))
+        self.engine.cancel(followed.request)
+        self.live.remove(followed)
+
+    @rule(prompt=st.sampled_from(PROMPTS))
+    def look_at_logits(self, prompt: str) -> None:
+        tokens = self.llm._tokens(prompt)
+        try:
+            logits = self.engine.logits(tokens)
+        except LinkError:
+            assert self.faulty <= 0
+            return
+        except RuntimeError as error:
+            assert "no KV pages" in str(error)
+            return
+        assert torch.equal(logits, first_logits(prompt))
+
+    @precondition(lambda self: self.faulty <= 0 and self.llm.policy_name != "resident")
+    @rule(copies=st.integers(1, 60))
+    def break_a_copy(self, copies: int) -> None:
+        self.faulty = copies
+
+    @invariant()
+    def pages_belong_to_those_who_run(self) -> None:
+        if hasattr(self, "engine"):
+            running = {request.number for request in self.engine.scheduler.running}
+            assert set(self.engine.cache.allocator._held) == running
+
+    def teardown(self) -> None:
+        if hasattr(self, "engine"):
+            self.patch.undo()
+            for followed in self.live:
+                self.engine.cancel(followed.request)
+            assert self.engine.cache.allocator.used == 0 and not self.engine.has_work
+
+
+@cache
+def first_logits(prompt: str) -> torch.Tensor:
+    return model("resident", "").logits(model("resident", "")._tokens(prompt))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _end() -> Any:
+    yield
+    model.cache_clear()
+
+
+TestSchedules = Schedules.TestCase
+TestSchedules.settings = settings(
+    max_examples=15, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+
+def test_schedules_for_long(request: pytest.FixtureRequest) -> None:
+    if not request.config.getoption("--long"):
+        pytest.skip("takes minutes: --long")
+    from hypothesis.stateful import run_state_machine_as_test
+
+    many = settings(max_examples=400, stateful_step_count=80, deadline=None, suppress_health_check=list(HealthCheck))
+    run_state_machine_as_test(Schedules, settings=many)
