@@ -14,7 +14,6 @@ from duomoe.model_folder import EXPERT_DTYPES, ModelFolder
 from duomoe.models.config import DTYPES, ModelConfig
 from duomoe.sizes import format_size, parse_size, parse_size_or_share, parse_time
 
-
 HOST = torch.device("cpu")
 
 

@@ -92,6 +92,10 @@ class Link(ABC):
     def has_arrived(self, copy: Any) -> bool:
         """Return whether waiting for the copy would take no time."""
 
+    def has_failed(self, copy: Any) -> bool:
+        """Return whether waiting for the copy would raise; False where nobody knows before."""
+        return False
+
     @abstractmethod
     def close(self) -> None:
         """Give up whatever the link runs on; copies that have not begun fail."""
@@ -173,6 +177,10 @@ class HostLink(Link):
     def has_arrived(self, copy: Copy) -> bool:
         """Return whether the thread is done with the copy."""
         return copy.arrived.is_set()
+
+    def has_failed(self, copy: Copy) -> bool:
+        """Return whether the thread could not make the copy."""
+        return copy.error is not None
 
     def close(self) -> None:
         """Stop the thread; copies that have not begun fail."""

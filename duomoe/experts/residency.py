@@ -184,6 +184,10 @@ class Residency:
             stamps: as in `compute`.
             after_wave: called after each wave once all of the layer's copies are sent; may fetch for later layers.
         """
+        for expert in needed:
+            slot = self.slot(index, expert)
+            if slot in self._copies and self.link.has_failed(self._copies[slot]):
+                self._empty(slot)  # it was sent ahead, and what has failed then is no fault of this step's
         absent = deque(self.absent(index, needed))
         self.traffic.misses += len(absent)
         self.traffic.hits += len(needed) - len(absent)
@@ -225,9 +229,9 @@ class Residency:
 
     def settle(self) -> None:
         """Wait for all copies that are on their way, whoever they are for; a slot whose copy fails is empty then."""
-        for slot, copy in self._copies.items():
+        for slot in list(self._copies):
             try:
-                self.link.wait(copy)
+                self.link.wait(self._copies[slot])
             except LinkError:
                 self._empty(slot)
         self._copies.clear()
@@ -235,11 +239,15 @@ class Residency:
             self._let_go(slot)
 
     def _empty(self, slot: int) -> None:
-        if (owner := self._owner[slot]) is not None:
-            del self._slot_of[owner[0]][owner[1]]
+        """Take a slot from its owner, whose copy has failed."""
+        owner = self._owner[slot]
+        assert owner is not None, "a copy is for an owner"
+        del self._slot_of[owner[0]][owner[1]]
         self._owner[slot] = None
+        self._copies.pop(slot)
         self._unused.discard(slot)
         self.last_use[slot] = NEVER
+        self._let_go(slot)
 
     def forget(self) -> None:
         """Empty all slots."""

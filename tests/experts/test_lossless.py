@@ -126,7 +126,7 @@ def test_no_stale_weight_is_ever_read(
 
 @pytest.mark.parametrize("policy", BOUNDED)
 @pytest.mark.parametrize("fail_in", [1, 4, 9, 30])
-def test_a_failed_copy_is_an_error_and_the_next_request_is_right(
+def test_a_failed_copy_is_an_error_where_it_is_needed_and_harms_nobody_else(
     policy: str, fail_in: int, tiny: Callable[..., Any], prompt_of: Callable[..., list[int]]
 ) -> None:
     path = tiny("mixtral").path
@@ -134,11 +134,19 @@ def test_a_failed_copy_is_an_error_and_the_next_request_is_right(
     llm = LLM(path, device="cpu", policy=policy, expert_memory=6 * row_bytes(whole))
     connect(llm, link := Adversary())
     params = SamplingParams(max_new_tokens=30)
+    expected = whole.generate(prompt_of(20), params)[0].token_ids
     link.fail_in = fail_in
-    with pytest.raises(LinkError, match="the bus fell off"):
-        llm.generate(prompt_of(20), params)
+    if fail_in == 1:  # the first one is waited for, under every policy
+        with pytest.raises(LinkError, match="the bus fell off"):
+            llm.generate(prompt_of(20), params)
+    else:  # one that was sent ahead may be needed later, or by nobody
+        try:
+            assert llm.generate(prompt_of(20), params)[0].token_ids == expected
+        except LinkError as error:
+            assert "the bus fell off" in str(error)
+    assert link.fail_in <= 0
     assert llm.engine.cache.allocator.used == 0
-    assert llm.generate(prompt_of(20), params)[0].token_ids == whole.generate(prompt_of(20), params)[0].token_ids
+    assert llm.generate(prompt_of(20), params)[0].token_ids == expected
     link.close()
 
 
