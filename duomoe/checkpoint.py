@@ -8,6 +8,7 @@ little-endian uint64 header length, a JSON header and the tensors' bytes (https:
 import contextlib
 import ctypes
 import hashlib
+import io
 import json
 import math
 import os
@@ -109,7 +110,7 @@ class Checkpoint:
         stored = self.tensors[name]
         dtype = (STORED_DTYPES | QUANTISED_DTYPES)[stored.dtype]
         found = _host_memory(stored.size, pinned).view(dtype).view(stored.shape)
-        with stored.path.open("rb", buffering=0) as file:
+        with _open(stored.path) as file:
             self._read(file.fileno(), found, stored.begin, stored.path)
         return found
 
@@ -134,7 +135,7 @@ class Checkpoint:
         crossed: list[torch.cuda.Event | None] = [None, None]
         step = PIECE_BYTES // dtype.itemsize
         usable = True
-        with stored.path.open("rb", buffering=0) as file:
+        with _open(stored.path) as file:
             for number, low in enumerate(range(0, flat.numel(), step)):
                 target = flat[low : low + step]
                 piece = target
@@ -153,9 +154,10 @@ class Checkpoint:
 
     def _bounces(self, pinned: bool) -> list[Tensor]:
         """Return this thread's two buffers."""
-        if not hasattr(self._thread, "bounces"):
-            self._thread.bounces = [_host_memory(PIECE_BYTES, pinned) for _ in range(2)]
-        found: list[Tensor] = self._thread.bounces
+        name = "pinned" if pinned else "pageable"
+        if not hasattr(self._thread, name):
+            setattr(self._thread, name, [_host_memory(PIECE_BYTES, pinned) for _ in range(2)])
+        found: list[Tensor] = getattr(self._thread, name)
         return found
 
     def _read(self, descriptor: int, piece: Tensor, offset: int, path: Path) -> None:
@@ -174,7 +176,7 @@ class Checkpoint:
         for name in names:
             stored = self.tensors[name]
             content = torch.empty(stored.size, dtype=torch.uint8)
-            with stored.path.open("rb", buffering=0) as file:
+            with _open(stored.path) as file:
                 _fill(file.fileno(), content, stored.begin, stored.path)
             found.update(repr((name, stored.dtype, stored.shape)).encode())
             found.update(_memory(content))
@@ -262,6 +264,18 @@ def _host_memory(size: int, pinned: bool) -> Tensor:
         with contextlib.suppress(RuntimeError):
             return torch.empty(size, dtype=torch.uint8, pin_memory=True)
     return torch.empty(size, dtype=torch.uint8)
+
+
+def _open(path: Path) -> io.FileIO:
+    """Open a file for reading.
+
+    Raises:
+        InputError: when that fails, though its header has been read.
+    """
+    try:
+        return path.open("rb", buffering=0)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
 
 
 def _fill(descriptor: int, piece: Tensor, offset: int, path: Path) -> None:

@@ -110,8 +110,11 @@ def run_command(body: Callable[[], None]) -> int:
 def say(message: str) -> None:
     """Write one line about the run to stderr; where nobody can read it, it is lost and the run goes on."""
     if sys.stderr is not None:
+        from tqdm import tqdm
+
         with contextlib.suppress(OSError):
-            print(f"duomoe: {message}", file=sys.stderr, flush=True)
+            tqdm.write(f"duomoe: {message}", file=sys.stderr)  # above a line of progress, if there is one
+            sys.stderr.flush()
 
 
 def write(text: str) -> None:

@@ -5,6 +5,8 @@ import tempfile
 import warnings
 from pathlib import Path
 
+from duomoe.errors import InputError
+
 # Kernels of one model take a few MiB. Where so many bytes cannot be written, none are kept.
 ENOUGH_BYTES = 16 << 20
 
@@ -12,8 +14,11 @@ ENOUGH_BYTES = 16 << 20
 def check_kernel_cache() -> None:
     """Give Triton a folder that ends with the process where it cannot write to its own.
 
+    Raises:
+        InputError: where there is no such folder, either.
+
     Warns:
-        RuntimeWarning: then.
+        RuntimeWarning: where there is.
     """
     from triton import knobs
 
@@ -23,7 +28,13 @@ def check_kernel_cache() -> None:
         with tempfile.TemporaryFile(dir=folder) as file:
             os.posix_fallocate(file.fileno(), 0, ENOUGH_BYTES)
     except (OSError, RuntimeError) as error:  # RuntimeError where there is no home
-        temporary = tempfile.TemporaryDirectory(prefix="duomoe-", ignore_cleanup_errors=True)
+        try:
+            temporary = tempfile.TemporaryDirectory(prefix="duomoe-", ignore_cleanup_errors=True)
+        except OSError:
+            raise InputError(
+                f"compiled kernels can be written nowhere: {error}; name a folder that can be written to with "
+                f"TRITON_CACHE_DIR"
+            ) from None
         _kept_until_exit.append(temporary)
         knobs.cache.dir = temporary.name
         warnings.warn(

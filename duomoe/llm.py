@@ -98,6 +98,9 @@ class LLM:
             self._build(folder, prompts)
         except torch.OutOfMemoryError:
             raise InputError("the GPU's memory ran out while loading; lower --gpu-memory or free some") from None
+        except BaseException:
+            gc.collect()  # errors of threads hold what those had at hand in cycles
+            raise
 
     def _build(self, folder: ModelFolder, prompts: Sequence[int]) -> None:
         """Allocate what the plan says, load the weights, and put the engine together."""
@@ -116,9 +119,11 @@ class LLM:
             device if resident else torch.device("cpu"),
             pin=not resident and device.type == "cuda",
         )
-        # Of each layer with experts; all 0 where they are as the checkpoint stores them.
-        rehearsal = Rehearsal(model, plan.expert_format, prompts) if prompts and device.type == "cuda" else None
-        self.quantisation_errors = load_weights(folder, model, store, plan.loading_room, self.startup)
+        with Rehearsal(model, plan.expert_format, prompts if device.type == "cuda" else ()) as rehearsal:
+            # Of each layer with experts; all 0 where they are as the checkpoint stores them.
+            self.quantisation_errors = load_weights(folder, model, store, plan.loading_room, self.startup)
+            with self.startup.part("capturing"):
+                rehearsal.wait()
         formats = zip(self.config.moe_layers, store.formats, strict=True)
         # Those that were to be packed and do not pack.
         self.unpacked_layers = [layer for layer, each in formats if each is not store.format]
@@ -137,9 +142,6 @@ class LLM:
                 )
         else:
             assert store.num_bytes == plan.num_experts * plan.row_bytes, "the store is not as planned"
-        if rehearsal is not None:
-            with self.startup.part("capturing"):
-                rehearsal.wait()
         model.share_equal_head()
         if device.type == "cuda":
             torch.cuda.empty_cache()  # what comparing the heads took is not to count beside what follows
@@ -148,8 +150,8 @@ class LLM:
         if resident:
             self.policy = Resident(model, store, plan.expands_quantised)
         else:
-            link = open_link(device, self.engine_config.pace())
             predictor = self._predictor(folder, model) if plan.policy in PREDICTED else None
+            link = open_link(device, self.engine_config.pace())  # last, since it begins a thread
             bounded = BOUNDED[plan.policy](model, store, plan.num_slots, link, predictor)
             assert bounded.residency.pool.rows.nbytes == plan.slot_bytes, "the slots are not as planned"
             self.policy = bounded
@@ -188,7 +190,7 @@ class LLM:
         limit = torch.cuda.memory_reserved() + plan.budget
         whole = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / whole))
-        self._limit = weakref.finalize(self, torch.cuda.set_per_process_memory_fraction, 1.0)
+        self._limit = weakref.finalize(self, _lift_limit, os.getpid())
         self._limit.atexit = False
 
     def prepare(self, sequences: int = 1, params: SamplingParams | None = None) -> None:
@@ -200,12 +202,12 @@ class LLM:
             sequences: that run together; no more than `max_batch`.
             params: of their requests; None is greedy.
         """
-        count, each = min(sequences, self.plan.max_batch), [params or SamplingParams()]
+        count, each = max(1, min(sequences, self.plan.max_batch)), [params or SamplingParams()]
         with self.startup.part("capturing"):
             self._thread.call(lambda engine: engine.prepare(count, each))
 
     def close(self) -> None:
-        """End the model: its thread, its requests (with errors), and its hold on memory. Does nothing the second time.
+        """End the model: its thread, its requests (with errors), and its hold on memory.
 
         A model that nobody holds any more, nor a stream of it, ends by itself; `with LLM(…) as llm` closes it, too.
         """
@@ -245,31 +247,26 @@ class LLM:
         try:
             for request in requests:
                 streams.append(Stream(self._thread, request))
-            return [chunk.completion for stream in streams for chunk in stream if chunk.completion]
+            found = [chunk.completion for stream in streams for chunk in stream if chunk.completion]
+            assert len(found) == len(requests), "a stream ends with its completion or with an error"
+            return found
         finally:
             for stream in streams:
                 stream.close()
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
-        """Continue one prompt and give a chunk for every token; closing the stream, or dropping it, ends the request.
+        """Begin to continue one prompt, and return at once: its chunks, one for every token, are read by `for`.
 
         Requests that are under way advance together, whoever asked: the tokens of a stream that nobody reads wait in
-        it.
+        it. Closing the stream, or dropping it, ends the request.
 
         Raises:
             InputError: when the prompt is empty or too long.
             RuntimeError: when the model is closed, or this process was forked from the one that has loaded it.
         """
-        return self.submit(prompt, params)
-
-    def submit(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
-        """Begin to continue one prompt; returns at once. The result is read by `for` or by `async for`.
-
-        Raises:
-            InputError: as `stream`.
-            RuntimeError: likewise.
-        """
         return Stream(self._thread, self._request(prompt, params or SamplingParams()))
+
+    submit = stream  # as one says with asyncio, where it is read by `async for`
 
     def logits(self, tokens: Sequence[int]) -> Tensor:
         """Return the float32 logits [tokens, vocab] after each token of a prompt.
@@ -328,3 +325,9 @@ class LLM:
                 f"the prompt has {len(tokens)} tokens; prompt and answer may have {self.max_model_len} tokens"
             )
         return tokens
+
+
+def _lift_limit(process: int) -> None:
+    """Let torch's allocator have all of the GPU again; in a process forked from that one, it has none."""
+    if os.getpid() == process:
+        torch.cuda.set_per_process_memory_fraction(1.0)

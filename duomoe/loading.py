@@ -1,11 +1,12 @@
 """Loading: a checkpoint's weights into a model and the store of its experts, converted on their way where need be.
 
 Several threads read. What is plain and stays plain goes straight into its place. Experts that are converted for a GPU
-are converted there: one thread, the caller's, sends their matrices over the link as they are stored, and has the rows
-sent back to host memory. Elsewhere each reading thread converts what it has read. Of a model nothing is ever held
-twice, only what is at hand. While rows of one layer are filled, the memory for the next layer's is got ready.
+are converted there: one thread, the caller's, sends them over the link as they are stored, and has the rows sent back
+to host memory. Elsewhere each reading thread converts what it has read. No part of a model is held twice, but for what
+is being converted. While rows of one layer are filled, the memory for the next layer's is got ready.
 """
 
+import itertools
 import os
 import time
 from collections import deque
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from duomoe.checkpoint import Checkpoint, warn
+from duomoe.cuda import READERS, reader_stream
 from duomoe.experts.conversion import Conversion
 from duomoe.experts.format import ExpertFormat, plain_format
 from duomoe.experts.matrix import DoesNotPack
@@ -33,10 +35,13 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 # Files in the page cache are read faster by more threads, at 50 GB/s by 16 (docs/measurements.md).
-FEWEST_THREADS, MOST_THREADS = 4, 16
+FEWEST_THREADS = 4
 
-# What is read ahead of its conversion has at most so many bytes, but for one expert beside the one that is converted.
-AHEAD_BYTES = 128 << 20
+# Reading runs ahead of converting by at most so many bytes; by so many experts it may, whatever their size.
+AHEAD_BYTES, AHEAD_EXPERTS = 128 << 20, 3
+
+# The GPU may have so many experts still to convert, whose memory on the host is in use until it has.
+QUEUED_EXPERTS = 4
 
 # What converting holds on a GPU for each value: at most float32 as it is stored, and for the matrix under way what is
 # made of it. Quantising, and undoing it, go through float32.
@@ -75,7 +80,7 @@ def load_weights(folder: ModelFolder, model: Model, store: ExpertStore, room: in
         _Threads(model.device, checkpoint, startup) as threads,
     ):
         dense = [threads.run(partial(_fill_dense, stored, *place, startup)) for place in model.destinations()]
-        errors = _Experts(folder, store, model.device, room, threads, startup).load()
+        errors = _Experts(folder, store, model.device, room, threads, startup).load(dense)
         for future in dense:
             if (name := future.result()) is not None:
                 _warn_of_values(checkpoint, name)
@@ -86,10 +91,8 @@ def _fill_dense(stored: StoredMatrices, name: str, view: Tensor, startup: Startu
     """Fill a non-expert parameter; return its name if it holds values that are not finite."""
     shape, finite = tuple(view.shape), True
     if stored.is_quantised(name, shape):
-        parts = [part.to(view.device) for part in stored.read(name, shape)]
-        view.copy_(stored.matrix(name, shape, parts).values())
-        if view.is_cuda:
-            torch.cuda.current_stream().synchronize()  # host-sync ok: while weights are loaded
+        # On the host: on a GPU, several at a time would take more memory than is planned.
+        view.copy_(stored.matrix(name, shape, stored.read(name, shape)).values())
     else:
         finite = stored.checkpoint.read_into(name, view)
     startup.load(sum(stored.checkpoint.tensors[part].size for part in stored.tensors(name, shape)))
@@ -106,9 +109,10 @@ class _Threads:
     def __init__(self, device: torch.device, checkpoint: Checkpoint, startup: Startup) -> None:
         self._checkpoint, self._startup = checkpoint, startup
         self._busy: list[float] = []  # seconds that each job took
-        self.count = max(FEWEST_THREADS, min(MOST_THREADS, len(os.sched_getaffinity(0))))
+        self.count = max(FEWEST_THREADS, min(READERS, len(os.sched_getaffinity(0))))
         self._torch_threads = torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(self.count, "duomoe-load", partial(_begin_thread, device))
+        self._read_before = checkpoint.reading_seconds
+        self._pool = ThreadPoolExecutor(self.count, "duomoe-load", partial(_begin_thread, device, itertools.count()))
 
     def run(self, job: Callable[[], R]) -> Future[R]:
         """Run a job in one of the threads."""
@@ -122,7 +126,9 @@ class _Threads:
         return self._pool.submit(timed)
 
     def run_ahead(self, jobs: Iterable[tuple[T, int, Callable[[], R]]]) -> Iterator[tuple[T, R]]:
-        """Run jobs and yield their results in order; only as many are begun as have AHEAD_BYTES together, or one.
+        """Run jobs and yield their results in order.
+
+        Only as many are begun as have AHEAD_BYTES together, or as there are in AHEAD_EXPERTS.
 
         Args:
             jobs: what each is for, how many bytes it reads, and itself.
@@ -132,7 +138,7 @@ class _Threads:
         """
         under_way: deque[tuple[T, int, Future[R]]] = deque()
         for what, size, job in jobs:
-            while under_way and size + sum(each for _, each, _ in under_way) > AHEAD_BYTES:
+            while len(under_way) >= AHEAD_EXPERTS and size + sum(each for _, each, _ in under_way) > AHEAD_BYTES:
                 before, _, future = under_way.popleft()
                 yield before, future.result()
             under_way.append((what, size, self.run(job)))
@@ -146,16 +152,16 @@ class _Threads:
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
         torch.set_num_threads(self._torch_threads)
-        reading = self._checkpoint.reading_seconds
+        reading = self._checkpoint.reading_seconds - self._read_before
         self._startup.spend("reading", reading / self.count)
         self._startup.spend("converting", max(0.0, sum(self._busy) - reading) / self.count)
 
 
-def _begin_thread(device: torch.device) -> None:
+def _begin_thread(device: torch.device, numbers: Iterator[int]) -> None:
     """Let a thread compute by itself, since there are enough of them, and give it a stream of its own on a GPU."""
     torch.set_num_threads(1)
     if device.type == "cuda":
-        torch.cuda.set_stream(torch.cuda.Stream(device))
+        torch.cuda.set_stream(reader_stream(device, next(numbers)))
 
 
 class _Experts:
@@ -184,59 +190,82 @@ class _Experts:
         self.on_gpu = device.type == "cuda" and _bytes_to_convert(folder, store.format) <= room
         self.conversions: dict[str, Conversion] = {}  # by how an expert is stored
 
-    def load(self) -> list[float]:
-        """Add all layers, and return what each has lost by being quantised."""
+    def load(self, dense: list[Future[str | None]]) -> list[float]:
+        """Add all layers, and return what each has lost by being quantised; ends early where one of `dense` failed."""
         errors = []
         layers = self.folder.config.moe_layers
-        with ThreadPoolExecutor(1, "duomoe-rows") as ahead:
-            rows = ahead.submit(self.store.rows, self.store.format)
+        if not layers:
+            return []
+        use_device = partial(torch.cuda.set_device, self.device) if self.device.type == "cuda" else None
+        with ThreadPoolExecutor(1, "duomoe-rows", use_device) as ahead:
+            self._rows = ahead.submit(self.store.rows, self.store.format)
             for number, layer in enumerate(layers, start=1):
+                for future in dense:
+                    if future.done():
+                        future.result()
                 begin = time.perf_counter()
-                present = rows.result()
+                wait([self._rows])
                 self.startup.spend("pinning", time.perf_counter() - begin)
+                rows = [self._rows.result()]
                 if number < len(layers):
-                    rows = ahead.submit(self.store.rows, self.store.format)
-                filled = self._add_layer(layer, present)
+                    self._rows = ahead.submit(self.store.rows, self.store.format)
+                else:
+                    del self._rows
+                filled = self._add_layer(layer, rows)
                 errors.append(filled.error)
                 for name in filled.not_finite:
                     _warn_of_values(self.folder.checkpoint, name)
         return errors
 
-    def _add_layer(self, layer: int, rows: Tensor) -> Filled:
+    def _add_layer(self, layer: int, held: list[Tensor]) -> Filled:
+        """Fill a layer's rows, the one entry of `held`, which is taken out of it, and add them to the store."""
         config = self.folder.config
         experts = [self.folder.architecture.expert_sources(config, layer, n) for n in range(config.num_experts)]
-        expert_format = self.store.format
+        expert_format, self._counted = self.store.format, 0
         converts = any(
             needs_converting(self.stored, expert_format, place) for each in experts for place in places(each)
         )
-        try:
-            filled = (self._convert if converts and self.on_gpu else self._fill)(expert_format, experts, rows)
-        except DoesNotPack:
+        rows = held.pop()
+        filled = (self._convert if converts and self.on_gpu else self._fill)(expert_format, experts, rows)
+        if filled is None:
             del rows  # before there are others
+            self.startup.load(-self._counted)
             expert_format = plain_format(config.hidden_size, config.moe_intermediate_size, torch.bfloat16)
+            begin = time.perf_counter()
             rows = self.store.rows(expert_format)
+            self.startup.spend("pinning", time.perf_counter() - begin)
             filled = self._fill(expert_format, experts, rows)
+            assert filled is not None, "a plain layer needs no packing"
         self.store.add(rows, expert_format)
         return filled
 
-    def _fill(self, expert_format: ExpertFormat, experts: list[dict[str, Sources]], rows: Tensor) -> Filled:
-        """Fill rows in the reading threads, on the host or with what needs no converting."""
-        together = Filled()
+    def _count(self, sources: dict[str, Sources]) -> None:
+        """Count and show an expert as loaded."""
+        size = self._size(sources)
+        self._counted += size
+        self.startup.load(size)
+
+    def _fill(self, expert_format: ExpertFormat, experts: list[dict[str, Sources]], rows: Tensor) -> Filled | None:
+        """Fill rows in the reading threads, on the host or with what needs no converting; None if one does not pack."""
+        together, packs = Filled(), True
         jobs = [partial(fill_row, self.stored, expert_format, *each) for each in zip(experts, rows, strict=True)]
         futures = [self.threads.run(job) for job in jobs]
-        try:
-            for future, sources in zip(futures, experts, strict=True):
+        for future, sources in zip(futures, experts, strict=True):
+            if not packs and future.cancel():
+                continue
+            # Not by `result`, which would raise: the error would keep this frame, and with it the rows.
+            problem = future.exception()
+            if problem is None:
                 together.add(future.result())
-                self.startup.load(self._size(sources))
-        except DoesNotPack:
-            for future in futures:
-                future.cancel()
-            wait(futures)  # they write to the rows
-            raise
-        return together
+                self._count(sources)
+            elif isinstance(problem, DoesNotPack):
+                packs = False
+            else:
+                raise problem
+        return together if packs else None
 
-    def _convert(self, expert_format: ExpertFormat, experts: list[dict[str, Sources]], rows: Tensor) -> Filled:
-        """Convert on the GPU what the threads read."""
+    def _convert(self, expert_format: ExpertFormat, experts: list[dict[str, Sources]], rows: Tensor) -> Filled | None:
+        """Convert on the GPU what the threads read; None where an expert does not pack."""
         stored = self.stored
 
         def read(sources: dict[str, Sources]) -> list[list[Tensor]]:
@@ -244,18 +273,29 @@ class _Experts:
 
         held = torch.empty(len(experts), dtype=torch.bool, device=self.device)
         jobs = ((index, self._size(sources), partial(read, sources)) for index, sources in enumerate(experts))
-        for index, parts in self.threads.run_ahead(jobs):
-            begin = time.perf_counter()
-            conversion = self._conversion(experts[index], parts)
-            conversion.run(parts)
-            held[index].copy_(conversion.holds)
-            rows[index].copy_(conversion.row, non_blocking=True)
-            self.startup.spend("converting", time.perf_counter() - begin)
-            self.startup.load(self._size(experts[index]))
+        queued: deque[torch.cuda.Event] = deque()
+        try:
+            for index, parts in self.threads.run_ahead(jobs):
+                begin = time.perf_counter()
+                conversion = self._conversion(experts[index], parts)
+                conversion.run(parts)
+                held[index].copy_(conversion.holds)
+                rows[index].copy_(conversion.row, non_blocking=True)
+                queued.append(torch.cuda.current_stream().record_event())
+                if len(queued) > QUEUED_EXPERTS:
+                    queued.popleft().synchronize()  # host-sync ok: while weights are loaded
+                self.startup.spend("converting", time.perf_counter() - begin)
+                self._count(experts[index])
+        finally:
+            torch.cuda.current_stream().synchronize()  # host-sync ok: nothing may write to rows that are given up
         filled = Filled()
         for index, holds in enumerate(held.tolist()):  # host-sync ok: while weights are loaded
             if not holds:  # the host finds out what, and says so
-                filled.not_finite += fill_row(stored, expert_format, experts[index], rows[index]).not_finite
+                try:
+                    found = fill_row(stored, expert_format, experts[index], rows[index])
+                except DoesNotPack:
+                    return None
+                filled.not_finite += found.not_finite
         for conversion in self.conversions.values():
             filled.count(*conversion.squares.tolist())  # host-sync ok: while weights are loaded
             conversion.squares.zero_()

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
-# What parts of starting are called, in their order. Three go on within `loading`: several threads read at a time, and
-# their seconds are averaged, and so are those in which they convert; the thread that has a GPU convert adds its own.
-# Pinning is what the rest has waited for. Kernels are compiled within other parts.
+# The names of the parts, in their order. `reading`, `converting` and `pinning` lie within `loading`. The first two are
+# averages over the threads that read; the thread that has a GPU convert adds its own seconds to `converting`. `pinning`
+# is how long loading has waited for memory. `compiling` lies within other parts.
 PARTS = ("importing", "opening", "loading", "reading", "converting", "pinning", "capturing", "compiling")
 
 
@@ -22,7 +22,7 @@ class Startup:
     Attributes:
         seconds: of each part so far, by its name in PARTS.
         loaded_bytes: that were read of the weights.
-        compiled_kernels: how many kernels were compiled, since no earlier start had left them in the cache.
+        compiled_kernels: how many kernels were compiled within `counting_kernels`, not found in the cache.
     """
 
     def __init__(self, quiet: bool = True) -> None:
@@ -89,7 +89,8 @@ class Startup:
                 before(**event)
             if not event["cache_hit"]:
                 self.spend("compiling", event["times"].total / 1e6)  # type: ignore[attr-defined]
-                self.compiled_kernels += 1
+                with self._lock:
+                    self.compiled_kernels += 1
 
         knobs.compilation.listener = listen
         try:

@@ -2,7 +2,7 @@
 
 On a GPU the step is captured as a CUDA graph for each batch size, so that the host launches it at once, and the batch
 is padded to the next such size; padding has no key, no expert and no result. Graphs are captured before the first token
-of the requests that need them (`prepare`), never between two tokens.
+of the requests that need them (`prepare`), never between two tokens of a request that runs alone.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from duomoe.cuda import captured
 from duomoe.engine.request import Request
 from duomoe.experts.policies import Policy
 from duomoe.memory.kv_cache import PAGE_SIZE, KVCache, pages_for
@@ -125,8 +126,7 @@ class _Graph:
         device = step.model.device
         self.integers, self.floats = integers.to(device), floats.to(device)
         self.graph = torch.cuda.CUDAGraph()
-        # What other threads do on the GPU meanwhile is their own affair.
-        with torch.cuda.graph(self.graph, pool=step._pool, capture_error_mode="thread_local"):
+        with captured(self.graph, device, step._pool):
             self.tokens = step._step(self.integers, self.floats, greedy)
 
     def run(self, integers: Tensor, floats: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
 """The loop: admit, prefill or decode, sample, hand tokens to their requests."""
 
 import contextlib
+import copy
 import itertools
 import time
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -51,22 +53,27 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Queue a request; what becomes of it goes to its outbox."""
-        request.traffic_before = self.policy.traffic_so_far()
-        self.scheduler.add(request)
+        try:
+            request.traffic_before = self.policy.traffic_so_far()
+            self.scheduler.add(request)
+        except BaseException as error:
+            self.fail([request], error)
 
     def cancel(self, request: Request) -> None:
         """Forget a request, wherever it stands; its pages are free then."""
         self.scheduler.remove(request)
 
     def fail(self, requests: Iterable[Request], error: BaseException) -> None:
-        """End requests with an error."""
+        """End requests, each with an error of its own; nothing is kept of what was at hand where it was raised."""
+        traceback.clear_frames(error.__traceback__)
         for request in list(requests):
             self.scheduler.remove(request)
-            request.outbox.put(error)
+            request.outbox.put(_copy(error))
 
     def close(self) -> None:
-        """End all requests, with errors."""
+        """End all requests, with errors, and what the policy runs on."""
         self.fail([*self.scheduler.running, *self.scheduler.waiting], RuntimeError("this model was closed"))
+        self.policy.close()
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -172,3 +179,15 @@ class Engine:
         spans = [Span(tokens, 0, len(tokens), grow(number, len(tokens))) for number, tokens in prompts]
         batches = [batch_of(chunk, self.model.rotary, self.model.device) for chunk in cut(spans)]
         return self.policy.prefill(batches, self.cache.layers)
+
+
+def _copy(error: BaseException) -> BaseException:
+    """Return an error like another one, because whoever raises one changes it; where that is not possible, itself."""
+    try:
+        copied = copy.copy(error)
+    except Exception:  # the constructor of an error may want anything
+        return error
+    if type(copied) is not type(error):
+        return error
+    copied.__cause__, copied.__suppress_context__ = error.__cause__, error.__suppress_context__
+    return copied.with_traceback(error.__traceback__)

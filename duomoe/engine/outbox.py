@@ -13,7 +13,7 @@ Event = Chunk | BaseException
 
 
 class Outbox:
-    """The events of one request, in order.
+    """The events of one request, in order; the last one is an error, or a chunk with the completion.
 
     It is a `SimpleQueue`, whose `put` holds no lock that a signal handler or the garbage collector could find held. A
     coroutine that waits is woken through its loop.
@@ -21,13 +21,20 @@ class Outbox:
 
     def __init__(self) -> None:
         self._events: SimpleQueue[Event] = SimpleQueue()
+        self._last_is_there = False
         self._waiting: tuple[_Wakener, asyncio.Event] | None = None
 
     def put(self, event: Event) -> None:
         """Leave an event."""
         self._events.put(event)
+        self._last_is_there = not isinstance(event, Chunk) or event.completion is not None
         if (waiting := self._waiting) is not None:
             waiting[0].wake(waiting[1])
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the last event has been taken."""
+        return self._last_is_there and self._events.empty()
 
     def get(self, timeout: float) -> Event:
         """Wait for the next event.
@@ -38,9 +45,10 @@ class Outbox:
         return self._events.get(timeout=timeout)
 
     async def get_async(self, timeout: float) -> Event:
-        """Do the same in a coroutine; always in the same loop."""
-        if self._waiting is None:
-            self._waiting = wakener_of(asyncio.get_running_loop()), asyncio.Event()
+        """Do the same in a coroutine."""
+        wakener = wakener_of(asyncio.get_running_loop())
+        if self._waiting is None or self._waiting[0] is not wakener:
+            self._waiting = wakener, asyncio.Event()
         _, there = self._waiting
         while True:
             there.clear()  # before the look, so that an event that comes behind it is not missed

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from duomoe.cuda import rehearsal_stream
 from duomoe.engine.chunks import Span, batch_of
 from duomoe.experts.compute import ExpertSum, LayerSum
 from duomoe.experts.format import ExpertFormat
@@ -17,33 +18,45 @@ from duomoe.models import LayerKV, Model
 
 
 class Rehearsal:
-    """Passes of padding, each in a thread of its own.
+    """Passes of padding, each in a thread of its own, for as long as the context lasts.
 
     Args:
         model: on a GPU; its weights need not be loaded.
         expert_format: of its experts.
-        prompts: lengths of prompts, in tokens, whose prefill is rehearsed; a decode step of one sequence is, too.
+        prompts: lengths of prompts, in tokens, whose prefill is rehearsed; with one, a decode step of one sequence is,
+            too. Without any, nothing is.
     """
 
     def __init__(self, model: Model, expert_format: ExpertFormat, prompts: Sequence[int]) -> None:
         self._model, self._format = model, expert_format
         self._problem: BaseException | None = None
-        chunks = {1, *(min(length, CHUNK_TOKENS) for length in prompts), *(length % CHUNK_TOKENS for length in prompts)}
-        names = [(tokens, f"duomoe-rehearsal-{tokens}") for tokens in sorted(chunks - {0})]
-        self._threads = [threading.Thread(target=self._run, args=(tokens,), name=name) for tokens, name in names]
+        chunks = {min(length, CHUNK_TOKENS) for length in prompts} | {length % CHUNK_TOKENS for length in prompts}
+        self._threads = [
+            threading.Thread(target=self._run, args=(number, tokens), name=f"duomoe-rehearsal-{tokens}")
+            for number, tokens in enumerate(sorted(chunks | {1} if prompts else ()))
+            if tokens > 0
+        ]
+
+    def __enter__(self) -> "Rehearsal":
         for thread in self._threads:
             thread.start()
+        return self
 
     def wait(self) -> None:
         """Wait for all passes, and raise what has stopped one."""
-        for thread in self._threads:
-            thread.join()
+        self.__exit__()
         if self._problem is not None:
             raise self._problem
 
-    def _run(self, tokens: int) -> None:
+    def __exit__(self, *error: object) -> None:
+        for thread in self._threads:
+            thread.join()
+        if self._threads:
+            torch._C._cuda_clearCublasWorkspaces()  # those of the threads' streams, which compute nothing more
+
+    def _run(self, number: int, tokens: int) -> None:
         try:
-            with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream(self._model.device)):
+            with torch.inference_mode(), torch.cuda.stream(rehearsal_stream(self._model.device, number)):
                 pass_padding(self._model, self._format, tokens)
                 torch.cuda.current_stream().synchronize()  # host-sync ok: while weights are loaded
         except BaseException as problem:  # whatever it is, the one who waits must hear of it

@@ -9,9 +9,10 @@ from duomoe.engine.thread import PATIENCE, EngineThread
 
 
 class Stream:
-    """A request's chunks as they come, for `for` or `async for`. Whoever leaves it, in whatever way, ends the request.
+    """A request's chunks as they come, for `for` or `async for`. Closing it, or dropping it, ends the request.
 
-    Chunks that nobody reads wait here; the request does not wait for them.
+    Chunks that nobody reads wait here; the request does not wait for them. A `next` that is interrupted may lose its
+    chunk, but never the completion's end: whoever reads on comes to it.
 
     Args:
         thread: runs the request.
@@ -41,7 +42,7 @@ class Stream:
             try:
                 return self._take(self._outbox.get(PATIENCE))
             except Empty:
-                self._check()
+                self._look_after()
         raise StopIteration
 
     def __aiter__(self) -> "Stream":
@@ -53,29 +54,39 @@ class Stream:
             try:
                 return self._take(await self._outbox.get_async(PATIENCE))
             except Empty:
-                self._check()
+                self._look_after()
         raise StopAsyncIteration
 
-    def _check(self) -> None:
-        try:
-            self._thread.check()
-        except RuntimeError:
-            self._ended = True
-            raise
+    def _look_after(self) -> None:
+        """Where nothing has come for a while, see whether anything can."""
+        if self._outbox.is_over:
+            self._ended = True  # somebody has taken the last event, and was interrupted before it counted
+        else:
+            try:
+                self._thread.check()
+            except RuntimeError:
+                self._ended = True
+                raise
 
     def _take(self, event: Event) -> Chunk:
-        if isinstance(event, BaseException):
-            self._ended = True
+        if isinstance(event, Chunk):
+            if event.completion is not None:
+                self._ended = True
+            return event
+        self._ended = True
+        try:
+            if isinstance(event, StopIteration | StopAsyncIteration):  # which would look like the end
+                raise RuntimeError(f"a step of this request raised {type(event).__name__}") from event
             raise event
-        self._ended = event.completion is not None
-        return event
+        finally:
+            del event  # or error and frame would hold each other
 
     def close(self) -> None:
         """End the request, if it has not ended, and give its memory back between two steps."""
         if not self._ended:
-            self._ended = True
             request = self._request
             self._thread.send(lambda engine: engine.cancel(request))
+            self._ended = True  # behind that, so that whoever is interrupted between can close again
 
     def __enter__(self) -> "Stream":
         return self

@@ -7,6 +7,7 @@ needs to run them.
 import torch
 from torch import Tensor
 
+from duomoe.cuda import captured
 from duomoe.experts.format import ExpertFormat
 from duomoe.experts.stored import Place, StoredMatrices, fill
 
@@ -43,8 +44,7 @@ class Conversion:
         self._fill()  # compiles what has to be
         self.squares.zero_()
         self._graph = torch.cuda.CUDAGraph()
-        # Other threads read into pinned memory meanwhile, which only a capture of this thread alone allows.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        with captured(self._graph, device):
             self.holds = self._fill()
 
     def run(self, parts: list[list[Tensor]]) -> None:

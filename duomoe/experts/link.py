@@ -187,7 +187,8 @@ class HostLink(Link):
         with self._changed:
             self._closed = True
             self._changed.notify()
-        self._thread.join()
+        if threading.current_thread() is not self._thread:  # a destructor may run in any thread
+            self._thread.join()
 
     def _run(self) -> None:
         while (work := self._next()) is not None:

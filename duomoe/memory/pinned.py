@@ -18,12 +18,13 @@ TOUCHED_BYTES = 64 << 20
 
 
 def touched(size: int) -> Tensor:
-    """Return memory of the host, uint8 [size], whose pages are there already, huge ones where the system has them.
+    """Return memory of the host, uint8 [size], whose pages are there already: huge ones, where the system gives them.
 
     Pinning it then takes a fraction of the time: the system gives pages to one thread at a time, and few of 2 MiB
     sooner than many of 4 KiB (docs/measurements.md).
     """
-    region = mmap.mmap(-1, size)
+    # Private, because shared memory has huge pages only where the system was told so.
+    region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):
         region.madvise(mmap.MADV_HUGEPAGE)
     memory = torch.frombuffer(region, dtype=torch.uint8)

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -335,3 +336,137 @@ def test_events_for_a_loop_that_has_closed_go_nowhere() -> None:
     asyncio.run(wait())
     outbox.put(ValueError("late"))
     assert isinstance(outbox.get(0.1), ValueError)
+
+
+def test_a_stream_that_somebody_closes_ends_for_who_reads_it(llm: LLM, prompt_of: Callable[..., list[int]]) -> None:
+    async def close_while_reading() -> None:
+        stream = llm.submit(prompt_of(5), SamplingParams(max_new_tokens=200, ignore_eos=True))
+
+        async def read() -> None:
+            async for _ in stream:
+                pass
+
+        reader = asyncio.create_task(read())
+        await asyncio.sleep(0)
+        time.sleep(0.02)
+        stream.close()
+        await asyncio.wait_for(reader, 20)
+
+    asyncio.run(close_while_reading())
+    assert held(llm) == (0, 0, 0)
+
+
+def test_who_was_interrupted_with_the_last_chunk_in_hand_comes_to_the_end(
+    llm: LLM, prompt_of: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = llm.stream(prompt_of(5), SamplingParams(max_new_tokens=1))
+    with monkeypatch.context() as patch:
+        patch.setattr(stream, "_take", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            next(stream)
+    assert list(stream) == []
+
+
+def test_a_request_that_cannot_be_added_fails_alone(
+    llm: LLM, prompt_of: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = prompts_of(prompt_of, 2)
+    expected = alone(llm, prompts[:1])
+    stream = llm.stream(prompts[0], PARAMS)
+    tokens = [next(stream).token_id]
+    count, before = llm.policy.traffic_so_far, threading.current_thread()
+    assert before.name != "duomoe-engine"
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.policy, "traffic_so_far", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            llm.generate(prompts[1], SamplingParams(max_new_tokens=1))
+        patch.setattr(llm.policy, "traffic_so_far", count)
+        assert tokens + [chunk.token_id for chunk in stream] == expected[0]
+
+
+def test_callers_get_errors_of_their_own(
+    llm: LLM, prompt_of: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llm.policy, "prefill", lambda *_: 1 / 0)
+    llm._thread.call(lambda engine: None)
+    barrier = threading.Event()
+    llm._thread.send(lambda _: barrier.wait(20) and None)  # so that both are in one step
+    streams = [llm.submit(prompt, PARAMS) for prompt in prompts_of(prompt_of, 2)]
+    barrier.set()
+    errors = []
+    for stream in streams:
+        with pytest.raises(ZeroDivisionError) as caught:
+            next(stream)
+        errors.append(caught.value)
+    assert errors[0] is not errors[1]
+
+
+def test_an_end_of_iteration_in_a_step_is_an_error(
+    llm: LLM, prompt_of: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llm.policy, "prefill", lambda *_: next(iter(())))
+    with pytest.raises(RuntimeError, match="raised StopIteration"):
+        llm.generate(prompt_of(5), PARAMS)
+
+
+def test_what_the_engine_calls_cannot_wait_for_it(llm: LLM) -> None:
+    with pytest.raises(RuntimeError, match="cannot wait for the engine"):
+        llm._thread.call(lambda _: llm.logits([1]))
+
+
+def test_one_stream_may_be_read_in_several_loops(llm: LLM, prompt_of: Callable[..., list[int]]) -> None:
+    expected = alone(llm, [prompt_of(5)])[0]
+    stream = llm.submit(prompt_of(5), PARAMS)
+
+    async def read() -> int:
+        return (await anext(stream)).token_id
+
+    assert [asyncio.run(read()) for _ in expected] == expected
+
+
+def test_models_may_be_made_in_several_threads(tiny: Callable[..., Any]) -> None:
+    path = tiny("mixtral").path
+
+    def use(_: int) -> int:
+        with LLM(path, device="cpu", policy="lru", expert_memory="100KB") as llm:
+            return len(llm.generate([1, 2, 3], PARAMS)[0].token_ids)
+
+    with ThreadPoolExecutor(6) as pool:
+        assert set(pool.map(use, range(12))) == {12}
+
+
+EXITS = {
+    "while streaming": "stream = llm.stream('The sea', long); next(stream)",
+    "interrupted at the exit": """
+import os, signal, threading
+stream = llm.stream('The sea ' * 700, long)
+atexit.register(lambda: [threading.Timer(each, os.kill, (os.getpid(), signal.SIGINT)).start() for each in (.05, .1)])
+""",
+    "with copies on their way": """
+compute = llm.policy.residency.compute
+llm.policy.residency.compute = lambda *_: 1 / 0
+try: llm.generate('The sea')
+except ZeroDivisionError: pass
+""",
+    "closed, interrupted": """
+import os, signal, threading
+stream = llm.stream('The sea ' * 700, long)
+threading.Timer(.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+try: llm.close()
+except KeyboardInterrupt: pass
+""",
+}
+
+
+@pytest.mark.parametrize("how", EXITS)
+def test_the_process_ends_as_it_should(how: str) -> None:
+    program = f"""
+import atexit
+from duomoe import LLM, SamplingParams
+long = SamplingParams(max_new_tokens=500, ignore_eos=True)
+llm = LLM(device="cpu", policy="lru", expert_memory="20%", link_bandwidth="2GB/s")
+{EXITS[how]}
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "terminate" not in done.stderr

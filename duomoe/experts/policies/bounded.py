@@ -29,6 +29,10 @@ class BoundedPolicy(Policy):
         pool = SlotPool(store.formats, num_slots, model.device)
         self.residency = Residency(store, pool, link, self.traffic)
 
+    def close(self) -> None:
+        """Close the link."""
+        self.residency.link.close()
+
     def forget(self) -> None:
         """After a failure nothing counts as resident."""
         self.residency.forget()

@@ -59,6 +59,9 @@ class Policy(ABC):
         """Pass one token of each sequence through all blocks; arguments and result as in `prefill`, for one chunk."""
         return self._walk([batch], kv)[0]
 
+    def close(self) -> None:  # noqa: B027  # where nothing moves, nothing runs
+        """End what the policy runs on; no pass comes after it."""
+
     def forget(self) -> None:  # noqa: B027  # where all experts stay, none is forgotten
         """After a failure, wherever it was, nothing counts as resident."""
 
