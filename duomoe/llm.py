@@ -19,7 +19,7 @@ from duomoe.engine.engine import Engine
 from duomoe.engine.rehearsal import Rehearsal
 from duomoe.engine.request import Request
 from duomoe.engine.scheduler import Scheduler
-from duomoe.engine.stream import Stream
+from duomoe.engine.stream import Stream, submit_all
 from duomoe.engine.thread import EngineThread
 from duomoe.errors import InputError
 from duomoe.experts.link import open_link
@@ -243,10 +243,8 @@ class LLM:
         each: Sequence[Prompt] = [prompts] if single else prompts
         # All are checked before any is begun.
         requests = [self._request(prompt, params or SamplingParams()) for prompt in each]
-        streams: list[Stream] = []
+        streams = submit_all(self._thread, requests)
         try:
-            for request in requests:
-                streams.append(Stream(self._thread, request))
             found = [chunk.completion for stream in streams for chunk in stream if chunk.completion]
             assert len(found) == len(requests), "a stream ends with its completion or with an error"
             return found
@@ -264,7 +262,8 @@ class LLM:
             InputError: when the prompt is empty or too long.
             RuntimeError: when the model is closed, or this process was forked from the one that has loaded it.
         """
-        return Stream(self._thread, self._request(prompt, params or SamplingParams()))
+        (stream,) = submit_all(self._thread, [self._request(prompt, params or SamplingParams())])
+        return stream
 
     submit = stream  # as one says with asyncio, where it is read by `async for`
 

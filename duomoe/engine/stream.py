@@ -1,8 +1,10 @@
 """A request as its caller holds it."""
 
+from collections.abc import Sequence
 from queue import Empty
 
 from duomoe.engine.completion import Chunk
+from duomoe.engine.engine import Engine
 from duomoe.engine.outbox import Event
 from duomoe.engine.request import Request
 from duomoe.engine.thread import PATIENCE, EngineThread
@@ -16,17 +18,12 @@ class Stream:
 
     Args:
         thread: runs the request.
-        request: is submitted by this.
-
-    Raises:
-        RuntimeError: when the model is closed, or was loaded in another process.
+        request: one that is submitted (`submit_all`).
     """
 
     def __init__(self, thread: EngineThread, request: Request) -> None:
-        thread.check()
         self._thread, self._request, self._outbox = thread, request, request.outbox
         self._ended = False
-        thread.send(lambda engine: engine.add(request))
 
     def __iter__(self) -> "Stream":
         return self
@@ -95,5 +92,21 @@ class Stream:
         self.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_ended"):  # not where the constructor has refused
-            self.close()
+        self.close()
+
+
+def submit_all(thread: EngineThread, requests: Sequence[Request]) -> list[Stream]:
+    """Submit requests together: the engine finds all of them between the same two steps, however callers take turns.
+
+    Raises:
+        RuntimeError: when the model is closed, or was loaded in another process.
+    """
+    thread.check()
+    streams = [Stream(thread, request) for request in requests]
+
+    def add(engine: Engine) -> None:
+        for request in requests:
+            engine.add(request)
+
+    thread.send(add)
+    return streams

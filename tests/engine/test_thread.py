@@ -470,3 +470,15 @@ llm = LLM(device="cpu", policy="lru", expert_memory="20%", link_bandwidth="2GB/s
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "terminate" not in done.stderr
+
+
+def test_prompts_of_one_call_are_prefilled_together(
+    llm: LLM, prompt_of: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However threads take turns: which prompts share a pass decides the last bits of what they get."""
+    passes: list[int] = []
+    prefill = llm.engine._prefill
+    monkeypatch.setattr(llm.engine, "_prefill", lambda requests: passes.append(len(requests)) or prefill(requests))
+    for _ in range(20):
+        llm.generate(prompts_of(prompt_of, 4), SamplingParams(max_new_tokens=1))
+    assert passes == [4] * 20
