@@ -96,8 +96,7 @@ class Schedules(RuleBasedStateMachine):
     @rule()
     def step(self) -> None:
         self.engine.step()
-        errors = {error for followed in list(self.live) if (error := self.read(followed)) is not None}
-        self.failures += len(errors)
+        self.failures += any([self.read(followed) is not None for followed in list(self.live)])  # one step, all read
         assert self.failures <= self.faults
         assert len(self.engine.scheduler.running) <= 3
 
