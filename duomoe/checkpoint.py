@@ -175,10 +175,8 @@ class Checkpoint:
         found = hashlib.sha256()
         for name in names:
             stored = self.tensors[name]
-            content = torch.empty(stored.size, dtype=torch.uint8)
-            with _open(stored.path) as file:
-                _fill(file.fileno(), content, stored.begin, stored.path)
             found.update(repr((name, stored.dtype, stored.shape)).encode())
+            content = self.read(name)  # held by a name: `_memory` does not hold it
             found.update(_memory(content))
         return found.hexdigest()[:32]
 

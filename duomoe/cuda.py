@@ -24,13 +24,13 @@ def _streams(device: torch.device) -> list[torch.cuda.Stream]:
 
 
 def rehearsal_stream(device: torch.device, number: int) -> torch.cuda.Stream:
-    """Return the stream of a rehearsal; there are REHEARSALS."""
+    """Return the stream of a rehearsal; there are REHEARSALS, which more of them share."""
     return _streams(device)[1 + number % REHEARSALS]
 
 
 def reader_stream(device: torch.device, number: int) -> torch.cuda.Stream:
-    """Return the stream of a thread that reads weights; there are READERS."""
-    return _streams(device)[1 + REHEARSALS + number % READERS]
+    """Return the stream of a thread that reads weights, by its number below READERS."""
+    return _streams(device)[1 + REHEARSALS + number]
 
 
 @contextlib.contextmanager

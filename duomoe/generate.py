@@ -79,7 +79,7 @@ def _run(args: argparse.Namespace) -> None:
         tokens = tokenizer.encode_chat(prompt) if args.chat else tokenizer.encode(prompt)
     with startup.counting_kernels():
         llm = LLM(folder, engine_config(args), startup=startup, prompts=[len(tokens)])
-        llm.prepare(1, params)
+        llm.prepare(params)
         completion = _generate(llm, tokens, params, args)
     if args.json:
         write(json.dumps(as_json(completion, llm, prompt), ensure_ascii=False) + "\n")

@@ -193,18 +193,13 @@ class LLM:
         self._limit = weakref.finalize(self, _lift_limit, os.getpid())
         self._limit.atexit = False
 
-    def prepare(self, sequences: int = 1, params: SamplingParams | None = None) -> None:
-        """Compile and capture what steps of so many sequences, and of fewer, need on a GPU.
+    def prepare(self, params: SamplingParams) -> None:
+        """Compile and capture what the decode steps of a request with such parameters need on a GPU.
 
-        Requests do so when it is missing, before their first token. Done ahead, none waits for it.
-
-        Args:
-            sequences: that run together; no more than `max_batch`.
-            params: of their requests; None is greedy.
+        A request does so when it is missing, before its first token. Done ahead, it does not wait for that.
         """
-        count, each = max(1, min(sequences, self.plan.max_batch)), [params or SamplingParams()]
         with self.startup.part("capturing"):
-            self._thread.call(lambda engine: engine.prepare(count, each))
+            self._thread.call(lambda engine: engine.prepare(1, [params]))
 
     def close(self) -> None:
         """End the model: its thread, its requests (with errors), and its hold on memory.

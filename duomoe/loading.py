@@ -11,7 +11,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
@@ -72,11 +72,10 @@ def load_weights(folder: ModelFolder, model: Model, store: ExpertStore, room: in
         RuntimeWarning: for plain tensors with values that are not finite, and for tensors without a use.
     """
     stored, checkpoint = folder.stored, folder.checkpoint
-    expected = expected_tensors(folder.architecture, folder.config)
-    every = [part for tensor in expected for part in stored.tensors(*tensor)]
-    checkpoint.warn_of_unused(every)
+    every = list(expected_tensors(folder.architecture, folder.config))
+    checkpoint.warn_of_unused(part for tensor in every for part in stored.tensors(*tensor))
     with (
-        startup.part("loading", sum(checkpoint.tensors[name].size for name in every)),
+        startup.part("loading", sum(stored.size(*tensor) for tensor in every)),
         _Threads(model.device, checkpoint, startup) as threads,
     ):
         dense = [threads.run(partial(_fill_dense, stored, *place, startup)) for place in model.destinations()]
@@ -95,7 +94,7 @@ def _fill_dense(stored: StoredMatrices, name: str, view: Tensor, startup: Startu
         view.copy_(stored.matrix(name, shape, stored.read(name, shape)).values())
     else:
         finite = stored.checkpoint.read_into(name, view)
-    startup.load(sum(stored.checkpoint.tensors[part].size for part in stored.tensors(name, shape)))
+    startup.load(stored.size(name, shape))
     return None if finite else name
 
 
@@ -189,43 +188,49 @@ class _Experts:
         self.stored, self.device = folder.stored, device
         self.on_gpu = device.type == "cuda" and _bytes_to_convert(folder, store.format) <= room
         self.conversions: dict[str, Conversion] = {}  # by how an expert is stored
+        self._layers_to_come = len(folder.config.moe_layers)
+        self._counted = 0  # bytes of the present layer that have been shown as loaded
 
     def load(self, dense: list[Future[str | None]]) -> list[float]:
         """Add all layers, and return what each has lost by being quantised; ends early where one of `dense` failed."""
         errors = []
-        layers = self.folder.config.moe_layers
-        if not layers:
-            return []
         use_device = partial(torch.cuda.set_device, self.device) if self.device.type == "cuda" else None
-        with ThreadPoolExecutor(1, "duomoe-rows", use_device) as ahead:
-            self._rows = ahead.submit(self.store.rows, self.store.format)
-            for number, layer in enumerate(layers, start=1):
+        with ThreadPoolExecutor(1, "duomoe-rows", use_device) as self._ahead:
+            self._get_rows_ready()
+            for layer in self.folder.config.moe_layers:
                 for future in dense:
                     if future.done():
                         future.result()
-                begin = time.perf_counter()
-                wait([self._rows])
-                self.startup.spend("pinning", time.perf_counter() - begin)
-                rows = [self._rows.result()]
-                if number < len(layers):
-                    self._rows = ahead.submit(self.store.rows, self.store.format)
-                else:
-                    del self._rows
-                filled = self._add_layer(layer, rows)
+                filled = self._add_layer(layer)
                 errors.append(filled.error)
                 for name in filled.not_finite:
                     _warn_of_values(self.folder.checkpoint, name)
         return errors
 
-    def _add_layer(self, layer: int, held: list[Tensor]) -> Filled:
-        """Fill a layer's rows, the one entry of `held`, which is taken out of it, and add them to the store."""
-        config = self.folder.config
+    def _get_rows_ready(self) -> None:
+        """Begin to get memory for the next layer's rows, if there is one."""
+        if self._layers_to_come > 0:
+            self._layers_to_come -= 1
+            self._rows: Future[Tensor] | None = self._ahead.submit(self.store.rows, self.store.format)
+        else:
+            self._rows = None  # nor is the last layer's held by anybody but its owner
+
+    def _next_rows(self) -> Tensor:
+        """Return memory for the rows of the layer whose turn it is; that of the next one is begun."""
+        assert self._rows is not None, "there are rows for every layer"
+        begin = time.perf_counter()
+        rows = self._rows.result()
+        self.startup.spend("pinning", time.perf_counter() - begin)
+        self._get_rows_ready()
+        return rows
+
+    def _add_layer(self, layer: int) -> Filled:
+        config, expert_format = self.folder.config, self.store.format
         experts = [self.folder.architecture.expert_sources(config, layer, n) for n in range(config.num_experts)]
-        expert_format, self._counted = self.store.format, 0
-        converts = any(
-            needs_converting(self.stored, expert_format, place) for each in experts for place in places(each)
-        )
-        rows = held.pop()
+        every = [place for sources in experts for place in places(sources)]
+        converts = any(needs_converting(self.stored, expert_format, place) for place in every)
+        self._counted = 0
+        rows = self._next_rows()
         filled = (self._convert if converts and self.on_gpu else self._fill)(expert_format, experts, rows)
         if filled is None:
             del rows  # before there are others
@@ -310,8 +315,7 @@ class _Experts:
 
     def _size(self, sources: dict[str, Sources]) -> int:
         """Return the bytes of what an expert is stored as."""
-        names = (name for place in places(sources) for name in self.stored.tensors(place.source, place.shape))
-        return sum(self.stored.checkpoint.tensors[name].size for name in names)
+        return sum(self.stored.size(place.source, place.shape) for place in places(sources))
 
 
 def _bytes_to_convert(folder: ModelFolder, expert_format: ExpertFormat) -> int:

@@ -133,6 +133,5 @@ class ModelFolder:
         more = 0
         for name, shape in dense_tensors(self.architecture, self.config):
             if self.stored.is_quantised(name, shape):
-                stored = sum(self.checkpoint.tensors[part].size for part in self.stored.tensors(name, shape))
-                more += math.prod(shape) * dtype.itemsize - stored
+                more += math.prod(shape) * dtype.itemsize - self.stored.size(name, shape)
         return more

@@ -44,11 +44,14 @@ class Rehearsal:
 
     def wait(self) -> None:
         """Wait for all passes, and raise what has stopped one."""
-        self.__exit__()
+        self._end()
         if self._problem is not None:
             raise self._problem
 
     def __exit__(self, *error: object) -> None:
+        self._end()
+
+    def _end(self) -> None:
         for thread in self._threads:
             thread.join()
         if self._threads:

@@ -93,8 +93,10 @@ class Decode:
     def note_step(self, sequences: int, seconds: float) -> None:
         """Take in how long a step of so many sequences took, and decide whether the next one looks ahead."""
         if self.predictor is not None:
+            before = self.payoff.pays
             self.payoff.note(sequences, seconds)
-            self.sending.fill_(self.payoff.pays)
+            if self.payoff.pays != before:  # rarely: on a GPU it is a kernel
+                self.sending.fill_(self.payoff.pays)
 
     def run(self, total: LayerSum, index: int, h: Tensor, routing: Routing) -> None:
         """Compute the experts of one layer, [tokens, hidden] and their routing, into its sum."""

@@ -117,6 +117,10 @@ class StoredMatrices:
         """Return whether a parameter is stored as more than its values."""
         return len(self.tensors(name, shape)) > 1
 
+    def size(self, name: str, shape: tuple[int, ...]) -> int:
+        """Return the bytes of what a parameter is stored as."""
+        return sum(self.checkpoint.tensors[part].size for part in self.tensors(name, shape))
+
     def form(self, name: str, shape: tuple[int, ...]) -> tuple[str, torch.dtype]:
         """Return the form of a matrix that has been through `check` ('plain', 'fp8', 'int4'), and its scales' dtype.
 

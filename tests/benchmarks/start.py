@@ -18,8 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from duomoe.startup import PARTS
+
 PROMPT = "Emma was not at all surprised when"
-PARTS = ("importing", "opening", "loading", "reading", "converting", "pinning", "capturing", "compiling")
 
 # Loads a model and says what that took; the host's memory before is that of torch and CUDA alone.
 LOAD = """

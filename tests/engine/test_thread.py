@@ -107,10 +107,8 @@ def test_a_signal_handler_may_generate(llm: LLM, prompt_of: Callable[..., list[i
     assert all(tokens == expected[1] for tokens in found)
 
 
-@pytest.mark.parametrize("times", [60])
-def test_interrupts_at_any_moment_leave_the_model_right(
-    times: int, llm: LLM, prompt_of: Callable[..., list[int]]
-) -> None:
+def test_interrupts_at_any_moment_leave_the_model_right(llm: LLM, prompt_of: Callable[..., list[int]]) -> None:
+    times = 60
     prompts = prompts_of(prompt_of, 3)
     expected = alone(llm, prompts)
 
@@ -146,7 +144,12 @@ def test_a_fork_is_told_to_load_its_own_model(llm: LLM, prompt_of: Callable[...,
     if child == 0:
         said = b"nothing was raised"
         try:
-            for use in (lambda: llm.generate([1]), lambda: llm.stream([1]), lambda: llm.logits([1]), llm.prepare):
+            for use in (
+                lambda: llm.generate([1]),
+                lambda: llm.stream([1]),
+                lambda: llm.logits([1]),
+                lambda: llm.prepare(PARAMS),
+            ):
                 try:
                     use()
                     break
@@ -252,7 +255,7 @@ def test_wherever_a_step_fails_exactly_its_requests_do(
             else:
                 assert isinstance(error, ZeroDivisionError)
                 failed += 1
-        assert failed > 0 or calls < nth
+        assert failed > 0 or 0 < calls < nth  # a place that is never come to tests nothing
         assert held(llm) == (0, 0, 0)
         assert alone(llm, prompts) == expected, "something counted as resident that was not"
 
@@ -374,8 +377,7 @@ def test_a_request_that_cannot_be_added_fails_alone(
     expected = alone(llm, prompts[:1])
     stream = llm.stream(prompts[0], PARAMS)
     tokens = [next(stream).token_id]
-    count, before = llm.policy.traffic_so_far, threading.current_thread()
-    assert before.name != "duomoe-engine"
+    count = llm.policy.traffic_so_far
     with monkeypatch.context() as patch:
         patch.setattr(llm.policy, "traffic_so_far", lambda: 1 / 0)
         with pytest.raises(ZeroDivisionError):
