@@ -1,13 +1,13 @@
 """The embedding API: load a model folder, generate, stream, or look at its logits."""
 
 import gc
-import itertools
 import os
 import secrets
 import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,19 +16,23 @@ from duomoe.config import EngineConfig
 from duomoe.engine.completion import Chunk, Completion, Metrics
 from duomoe.engine.decode_step import DecodeStep
 from duomoe.engine.engine import Engine
+from duomoe.engine.log import EngineLog
 from duomoe.engine.rehearsal import Rehearsal
 from duomoe.engine.request import Request
-from duomoe.engine.scheduler import Scheduler
+from duomoe.engine.scheduler import Limits, Scheduler
 from duomoe.engine.stream import Stream, submit_all
 from duomoe.engine.thread import EngineThread
 from duomoe.errors import InputError
 from duomoe.experts.link import open_link
+from duomoe.experts.page_routing import PageRouting
 from duomoe.experts.policies import BOUNDED, PREDICTED, Policy, Resident
+from duomoe.experts.policies.cached import CachedPolicy
 from duomoe.experts.predictor import GatePredictor, Predictor, load_predictor
 from duomoe.experts.store import ExpertStore
 from duomoe.kernel_cache import check_kernel_cache
 from duomoe.loading import load_weights
 from duomoe.memory.kv_cache import KVCache
+from duomoe.memory.pages import PageKeys
 from duomoe.memory.plan import Plan, make_plan
 from duomoe.model_folder import EMBEDDED_MODEL, ModelFolder
 from duomoe.models import Model
@@ -90,7 +94,6 @@ class LLM:
         self.config = folder.config
         self.eos_token_ids = frozenset(self.config.eos_token_ids) | frozenset(also)
         self._folder = folder
-        self._numbers = itertools.count()
         self._limit: weakref.finalize[..., LLM] | None = None
         if self.plan.device == "cuda":
             check_kernel_cache()
@@ -154,16 +157,20 @@ class LLM:
             link = open_link(device, self.engine_config.pace())  # last, since it begins a thread
             bounded = BOUNDED[plan.policy](model, store, plan.num_slots, link, predictor)
             assert bounded.residency.pool.rows.nbytes == plan.slot_bytes, "the slots are not as planned"
+            if isinstance(bounded, CachedPolicy) and plan.page_routing_bytes:
+                shape = plan.num_pages, len(self.config.moe_layers), self.config.num_experts
+                bounded.keep_routing(PageRouting(*shape, device))
             self.policy = bounded
         self.policy_name = plan.policy
         self.max_model_len = plan.max_model_len
         cache = KVCache(self.config, plan.num_pages, device, plan.dtype)
         assert cache.num_bytes == plan.kv_bytes, "the KV pages are not as planned"
-        scheduler = Scheduler(cache.allocator, plan.max_batch, plan.pass_tokens)
+        scheduler: Scheduler[Request] = Scheduler(cache.pages, Limits(plan.max_batch, plan.pass_tokens))
         decode_step = DecodeStep(
             model, self.policy, cache, plan.max_batch, plan.max_model_len, captured=self.engine_config.graph
         )
-        self.engine = Engine(model, self.policy, cache, self.eos_token_ids, scheduler, decode_step)
+        log = None if self.engine_config.engine_log is None else EngineLog(Path(self.engine_config.engine_log))
+        self.engine = Engine(model, self.policy, cache, self.eos_token_ids, scheduler, decode_step, log)
         self._thread = EngineThread(self.engine)
         self.memory = {
             "weights_bytes": model.num_bytes,  # less than planned where the head turned out to be the embedding
@@ -219,12 +226,15 @@ class LLM:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> list[Completion]:
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None, *, salt: bytes = b""
+    ) -> list[Completion]:
         """Continue prompts, several at a time.
 
         Args:
             prompts: strings, or lists of token ids; or a single one of either.
             params: for all of them; None is greedy.
+            salt: what was computed for prompts that begin alike is shared among those of the same salt.
 
         Returns:
             A completion for each prompt, in order.
@@ -237,7 +247,7 @@ class LLM:
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         each: Sequence[Prompt] = [prompts] if single else prompts
         # All are checked before any is begun.
-        requests = [self._request(prompt, params or SamplingParams()) for prompt in each]
+        requests = [self._request(prompt, params or SamplingParams(), salt) for prompt in each]
         streams = submit_all(self._thread, requests)
         try:
             found = [chunk.completion for stream in streams for chunk in stream if chunk.completion]
@@ -247,17 +257,17 @@ class LLM:
             for stream in streams:
                 stream.close()
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, salt: bytes = b"") -> Stream:
         """Begin to continue one prompt, and return at once: its chunks, one for every token, are read by `for`.
 
         Requests that are under way advance together, whoever asked: the tokens of a stream that nobody reads wait in
-        it. Closing the stream, or dropping it, ends the request.
+        it. Closing the stream, or dropping it, ends the request. `salt` is as for `generate`.
 
         Raises:
             InputError: when the prompt is empty or too long.
             RuntimeError: when the model is closed, or this process was forked from the one that has loaded it.
         """
-        (stream,) = submit_all(self._thread, [self._request(prompt, params or SamplingParams())])
+        (stream,) = submit_all(self._thread, [self._request(prompt, params or SamplingParams(), salt)])
         return stream
 
     submit = stream  # as one says with asyncio, where it is read by `async for`
@@ -268,7 +278,7 @@ class LLM:
         Raises:
             InputError: when the prompt is empty or too long, a token id is not in the vocabulary, or the GPU's memory
                 does not hold the logits of so many tokens; the plan has room for those of `max_batch` tokens.
-            RuntimeError: when requests that are under way have taken all pages of the KV cache; and as `stream`.
+            RuntimeError: as `stream`.
         """
         checked = self._tokens(tokens, room=0)
         try:
@@ -289,16 +299,22 @@ class LLM:
         """
         return self._folder.need_tokenizer().encode_chat(message)
 
-    def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
+    def _request(self, prompt: Prompt, params: SamplingParams, salt: bytes = b"") -> Request:
         if params.stop and self.tokenizer is None:
             raise InputError("--stop needs a tokenizer, and this checkpoint has no tokenizer.json")
         tokens = self._tokens(prompt)
+        keys = None
+        # Where keys depend on the sequence's length, no other sequence can use them.
+        if self.engine_config.prefix_caching and not self.config.rope.depends_on_length:
+            keys = PageKeys(salt)
+            keys.of(tokens)  # here, in the caller's thread, since it takes time
         return Request(
-            number=next(self._numbers),
-            prompt=tokens,
+            tokens=tokens,
+            keys=keys,
+            longest=min(len(tokens) + params.max_new_tokens, self.max_model_len),
+            prompt_length=len(tokens),
             params=params,
             seed=secrets.randbits(63) if params.seed is None else params.seed,
-            length_limit=self.max_model_len,
             stream=TextStream(self.tokenizer, params.stop, tokens),
         )
 
