@@ -115,7 +115,8 @@ class Int4Matrix:
         """Return float32 [outer, inner]: (nibble - zero) times scale."""
         inner = self.nibbles.shape[1]
         scales, zeros = (t.float().repeat_interleave(self.group, 1)[:, :inner] for t in (self.scales, self.zeros))
-        return (self.nibbles.float() - zeros) * scales
+        # In the order of the scales: AWQ has them by input, and a CPU takes five times as long where orders are mixed.
+        return (self.nibbles.contiguous().float() - zeros) * scales
 
     def row_tensors(self) -> tuple[Tensor, ...]:
         """Return the tensors of a row that hold this matrix: weights, scales and zero points (kernels/quantised.py)."""
