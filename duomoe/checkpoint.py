@@ -52,8 +52,8 @@ class StoredTensor:
 class Checkpoint:
     """A folder with config.json and one or more safetensors files. Several threads may read from it.
 
-    To hand over Python's lock takes longer than to read a small tensor. So files stay open from their first reading
-    until `close`, and what lies side by side is read by one call.
+    Every call to the system gives up Python's lock, and all threads that read compete for it. So there are few: files
+    stay open from their first reading until `close`, and what lies side by side is read by one call.
 
     Attributes:
         config: config.json.

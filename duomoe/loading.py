@@ -199,7 +199,9 @@ class _Experts:
         count = max(count, FEWEST_BUFFERS)
         ring = StagingRing(staging_memory(count * size), count, torch.cuda.Event)
         self._staged = StagedExperts(staged, ring, self._read)
+        begin = time.perf_counter()
         self._conversion(staged[0])
+        self.startup.spend("converting", time.perf_counter() - begin)
 
     def _read(self, parts: Parts, memory: Tensor) -> Future[None]:
         return self.threads.run(partial(self.stored.checkpoint.read_parts, parts, memory))

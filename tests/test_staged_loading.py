@@ -13,7 +13,7 @@ from late_stream import LateStream
 from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 
-from duomoe import InputError, loading
+from duomoe import InputError, checkpoint, loading
 from duomoe.experts import conversion, staged
 from duomoe.experts.conversion import Conversion
 from duomoe.experts.format import ExpertFormat, fp8_format, int4_format, packed_format
@@ -64,7 +64,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> LateGpu:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     monkeypatch.setattr(conversion, "captured", lambda graph, device: contextlib.nullcontext())
     monkeypatch.setattr(Conversion, "run", lambda self: found.queue(lambda: self.holds.copy_(self._fill())))
-    monkeypatch.setattr(loading, "staging_memory", lambda size: torch.full((size,), 0xFF, dtype=torch.uint8))
+    for module in (checkpoint, loading):
+        monkeypatch.setattr(module, "staging_memory", lambda size: torch.full((size,), 0xFF, dtype=torch.uint8))
     monkeypatch.setattr(loading, "STAGING_BYTES", 0)  # as few buffers as there may be
     return found
 
@@ -129,3 +130,20 @@ def test_nothing_is_copied_any_more_when_loading_has_failed(
         found.load([])
     assert gpu.stream.queued > 0 and not gpu.stream.work
     assert not model.checkpoint._files
+
+
+@pytest.mark.parametrize("piece_bytes", [64, 100 << 10, 1 << 20])
+def test_dense_weights_cross_piece_by_piece(
+    piece_bytes: int, folder: Path, gpu: LateGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "PIECE_BYTES", piece_bytes)
+    read = ModelFolder(folder).checkpoint
+    for name in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):
+        expected = load_file(folder / "model.safetensors")[name]
+        for dtype in (torch.bfloat16, torch.float32):
+            found = torch.zeros(expected.shape, dtype=dtype)
+            with gpu:
+                read._read_across(read.tensors[name], found.view(-1))
+            assert not gpu.stream.work
+            assert torch.equal(found, expected.to(dtype))
+    read.close()

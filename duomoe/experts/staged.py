@@ -13,8 +13,8 @@ from duomoe.experts.stored import Place, StoredMatrices, places
 from duomoe.memory.staging import StagingBuffer, StagingRing
 from duomoe.models.weights import Sources
 
-# Copies from so many buffers may be under way while the others are read into. By the time they have ended, the GPU has
-# an expert to convert and another one to receive.
+# The GPU may still copy from so many buffers while the others are read into. One is enough: when the copy of an expert
+# has ended, the GPU still has that expert to convert and the next one to copy.
 COPIED = 1
 
 # A ring has at least so many buffers, so that one is read into while another one waits to be copied from.
@@ -94,26 +94,26 @@ class StagedExperts:
         self._experts: Iterator[StagedExpert] = iter(experts)
         self._ring, self._read = ring, read
         self._under_way: deque[tuple[StagedExpert, StagingBuffer, Sequence[Future[None]]]] = deque()
-        self._begin()
+        self._read_on()
 
-    def _begin(self) -> None:
+    def _read_on(self) -> None:
         while self._ring.idle > COPIED and (expert := next(self._experts, None)) is not None:
             buffer = self._ring.take()
             reads = [self._read(parts, buffer.memory) for parts in expert.reads()]
             self._under_way.append((expert, buffer, reads))
 
     def take(self) -> tuple[StagedExpert, StagingBuffer]:
-        """Return the next expert, when it has been read, and its buffer, to be given back before the next call.
+        """Return the next expert, when it has been read, and its buffer, which is to be given back.
 
         Raises:
             InputError: when reading has failed.
         """
-        self._begin()
         expert, buffer, reads = self._under_way.popleft()
         for each in reads:
             each.result()
         return expert, buffer
 
     def give_back(self, buffer: StagingBuffer) -> None:
-        """Give back an expert's buffer behind the copy from it."""
+        """Give back an expert's buffer behind the copy from it, and read on."""
         self._ring.give_back(buffer)
+        self._read_on()

@@ -59,7 +59,7 @@ def register(tensor: Tensor) -> str | None:
     """Lock a contiguous host tensor's memory in place for the GPU, for as long as the tensor lives.
 
     Memory is registered instead of allocated with `pin_memory=True`, because torch rounds such allocations up to a
-    power of two (a 2.8 GB layer of experts would take 4 GB), and takes 10 ms for each.
+    power of two (a 2.8 GB layer of experts would take 4 GB), and never gives them back to the system.
 
     Returns:
         Why the system refuses, where it does.
