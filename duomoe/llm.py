@@ -20,6 +20,7 @@ from duomoe.engine.log import EngineLog
 from duomoe.engine.rehearsal import Rehearsal
 from duomoe.engine.request import Request
 from duomoe.engine.scheduler import Limits, Scheduler
+from duomoe.engine.stats import Stats
 from duomoe.engine.stream import Stream, submit_all
 from duomoe.engine.thread import EngineThread
 from duomoe.errors import InputError
@@ -286,6 +287,15 @@ class LLM:
         except torch.OutOfMemoryError:
             size = format_size(len(checked) * self.config.vocab_size * 4)
             raise InputError(f"the GPU's memory does not hold {size} of logits; give a shorter prompt") from None
+
+    def stats(self) -> Stats:
+        """Return what is under way and what was done so far; never waits, in whatever thread.
+
+        Raises:
+            RuntimeError: as `stream`.
+        """
+        self._thread.check()
+        return self.engine.stats()
 
     def fingerprint(self) -> str:
         """Return what tells this model from any other, a hash of its routers; traces and predictors carry it."""

@@ -145,3 +145,21 @@ def test_resident_counts_the_experts_of_each_layer_and_step(
         distinct.clear()
         completion = llm.generate(prompts, SamplingParams(max_new_tokens=4))[-1]
         assert completion.metrics.experts.hits == sum(distinct) > 0
+
+
+def test_stats_are_what_happened(llm: LLM, prompt_of: Callable[..., list[int]]) -> None:
+    assert llm.stats().passes == llm.stats().steps == llm.stats().running == 0
+    prompt, params = prompt_of(40), SamplingParams(max_new_tokens=5)
+    for number in range(1, 4):
+        completion = llm.generate(prompt, params)[0]
+        stats = llm.stats()
+        assert (stats.prompt_tokens, stats.found_tokens) == (40 * number, 32 * (number - 1))
+        assert (stats.passes, stats.steps, stats.generated_tokens) == (number, 4 * number, 5 * number)
+        assert (stats.running, stats.waiting, stats.used_pages, stats.preemptions) == (0, 0, 0, 0)
+        assert stats.kept_pages == 2 and stats.pages > 2
+        assert stats.pass_s > 0 and stats.step_s > 0 and stats.expected_step_s > 0
+        assert stats.experts.hits >= completion.metrics.experts.hits > 0
+    stream = llm.stream(prompt, SamplingParams(max_new_tokens=200))
+    next(stream)
+    assert llm.stats().running == 1 and llm.stats().used_pages > 0
+    stream.close()

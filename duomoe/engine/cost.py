@@ -8,16 +8,28 @@ HALF_LIFE = 64
 
 @dataclass
 class Line:
-    """A straight line through what was observed, the latest counting most: seconds = base + rate * size."""
+    """A straight line through what was observed, the latest counting most: seconds = base + rate * size.
 
-    weight: float = 0.0
-    sizes: float = 0.0  # this and the next three are weighted sums
+    Attributes:
+        count: how much was observed.
+        total: how many seconds that took.
+        expected: how many it was expected to take, by what was observed before.
+    """
+
+    count: int = 0
+    total: float = 0.0
+    expected: float = 0.0
+    weight: float = 0.0  # this and the next four are sums in which the latest counts most
+    sizes: float = 0.0
     seconds: float = 0.0
     squares: float = 0.0
     products: float = 0.0
 
     def note(self, size: float, seconds: float) -> None:
         """Take in that something of this size has taken so long."""
+        self.expected += self.at(size) if self.count else seconds
+        self.count += 1
+        self.total += seconds
         fade = 0.5 ** (1 / HALF_LIFE)
         self.weight = self.weight * fade + 1
         self.sizes = self.sizes * fade + size

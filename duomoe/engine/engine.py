@@ -6,6 +6,7 @@ import itertools
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from duomoe.engine.decode_step import DecodeStep
 from duomoe.engine.log import EngineLog
 from duomoe.engine.request import Request
 from duomoe.engine.scheduler import Scheduler
+from duomoe.engine.stats import Stats
 from duomoe.experts.policies import Policy
 from duomoe.memory.kv_cache import KVCache
 from duomoe.memory.pages import PAGE_SIZE, pages_for
@@ -51,6 +53,8 @@ class Engine:
             log.begin(cache.pages.num_pages, scheduler.limits)
         self.model, self.policy, self.cache, self.eos = model, policy, cache, eos
         self.scheduler, self.decode_step = scheduler, decode_step
+        self._traffic = policy.traffic_so_far()  # by the last arrival or end
+        self._generated = 0
 
     @property
     def has_work(self) -> bool:
@@ -60,9 +64,9 @@ class Engine:
     def add(self, requests: Sequence[Request]) -> None:
         """Queue requests; what becomes of them goes to their outboxes."""
         try:
-            traffic = self.policy.traffic_so_far()
+            self._traffic = self.policy.traffic_so_far()
             for request in requests:
-                request.traffic_before = traffic
+                request.traffic_before = self._traffic
                 self.scheduler.add(request)
                 if self.log is not None:
                     self.log.arrive(request)
@@ -115,11 +119,12 @@ class Engine:
         requests = list(decision.admitted or decision.decoding)
         try:
             with self._failing_safely():
-                tokens = self._prefill(requests) if decision.admitted else self._decode(requests)
+                tokens = self._advance(requests, prefill=bool(decision.admitted))
         except BaseException as error:
             self.fail(requests, error)
             return 0.0
         self.scheduler.computed(requests)
+        self._generated += len(tokens)
         for request, token in zip(requests, tokens, strict=True):
             try:
                 self._give(request, token)
@@ -146,7 +151,8 @@ class Engine:
         if request.finish_reason is not None:
             self._remove(request, failed=False)
             assert request.traffic_before is not None, "a request that runs was added"
-            completion = request.completion(self.policy.traffic_so_far().since(request.traffic_before))
+            self._traffic = self.policy.traffic_so_far()
+            completion = request.completion(self._traffic.since(request.traffic_before))
         request.outbox.put(Chunk(text, token, completion))
 
     @torch.inference_mode()
@@ -154,33 +160,53 @@ class Engine:
         """Compile and capture the steps of so many sequences with such parameters, and of all fewer."""
         self.decode_step.prepare(sequences, all(each.temperature == 0 for each in params))
 
-    def _decode(self, requests: list[Request]) -> list[int]:
-        """Return the next token of each request whose other tokens are all computed."""
-        begin = time.perf_counter()
-        tokens: list[int] = self.decode_step.run(requests).tolist()  # host-sync ok: the one read of a step
-        seconds = time.perf_counter() - begin
-        self.policy.note_step(len(requests), seconds)
-        self.scheduler.costs.decode.note(len(requests), seconds)
-        if self.log is not None:
-            self.log.decode(requests, begin, seconds)
-        return tokens
+    def stats(self) -> Stats:
+        """Return what is under way and done. Any thread may ask, at any time; what it reads may be a moment apart."""
+        scheduler, costs = self.scheduler, self.scheduler.costs
+        return Stats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            pages=scheduler.pages.num_pages,
+            used_pages=scheduler.pages.used,
+            kept_pages=scheduler.pages.kept,
+            prompt_tokens=scheduler.counts.prompt_tokens,
+            found_tokens=scheduler.counts.found_tokens,
+            generated_tokens=self._generated,
+            preemptions=scheduler.counts.preemptions,
+            passes=costs.prefill.count,
+            steps=costs.decode.count,
+            pass_s=costs.prefill.total,
+            step_s=costs.decode.total,
+            expected_pass_s=costs.prefill.expected,
+            expected_step_s=costs.decode.expected,
+            experts=replace(self._traffic),
+        )
 
-    def _prefill(self, requests: list[Request]) -> list[int]:
-        """Return the next token of each request, having computed the rest; what their next ones need is there then."""
-        if any(request.params.max_new_tokens > 1 for request in requests):
+    def _advance(self, requests: list[Request], prefill: bool) -> list[int]:
+        """Compute the rest of some requests, in a pass or a decode step; return the next token of each."""
+        if prefill and any(request.params.max_new_tokens > 1 for request in requests):
             running = self.scheduler.running
             self.prepare(len(running), [request.params for request in running])
-        begin, computed = time.perf_counter(), sum(request.length - request.computed for request in requests)
-        ends = list(itertools.accumulate(request.length - request.computed for request in requests))
+        size = sum(request.length - request.computed for request in requests)
+        begin = time.perf_counter()
+        found = self._prefill(requests) if prefill else self.decode_step.run(requests)
+        tokens: list[int] = found.tolist()  # host-sync ok: the one read of a step
+        seconds = time.perf_counter() - begin
+        if prefill:
+            self.scheduler.costs.prefill.note(size, seconds)
+        else:
+            self.policy.note_step(len(requests), seconds)
+            self.scheduler.costs.decode.note(size, seconds)
+        if self.log is not None:
+            self.log.advance("prefill" if prefill else "decode", requests, begin, seconds, size)
+        return tokens
+
+    def _prefill(self, requests: list[Request]) -> Tensor:
+        """Return the next token of each request, int64 [requests], having computed the rest in a pass."""
         self.policy.recall(_prefixes(requests))
         stream = torch.cat(self._pass([_rest(request) for request in requests]))
-        logits = self.model.logits(stream[self._tensor(ends) - 1])
-        tokens: list[int] = self._sample(logits, requests).tolist()  # host-sync ok: the one read of a pass
-        seconds = time.perf_counter() - begin
-        self.scheduler.costs.prefill.note(computed, seconds)
-        if self.log is not None:
-            self.log.prefill(requests, begin, seconds, computed)
-        return tokens
+        ends = list(itertools.accumulate(request.length - request.computed for request in requests))
+        return self._sample(self.model.logits(stream[self._tensor(ends) - 1]), requests)
 
     def _sample(self, logits: Tensor, requests: list[Request]) -> Tensor:
         params = [request.params for request in requests]

@@ -7,7 +7,7 @@ simulation knows which prompts begin alike (simulation.py).
 |---|---|
 | `begin` | `pages`, `max_batch`, `pass_tokens`: what bounds decisions |
 | `arrive` | `id`, `at`, `tokens`, `keys` (null where pages are not shared) |
-| `prefill`, `decode` | `ids`, `at` (its beginning), `seconds`, and of a pass the `tokens` that it computed |
+| `prefill`, `decode` | `ids`, `at` (its beginning), `seconds`, `tokens` that it computed |
 | `end` | `id`, `at`, `tokens`: of the whole sequence; `failed` where it ended with an error or was cancelled |
 """
 
@@ -58,13 +58,9 @@ class EngineLog:
         keys = None if task.keys is None else [key[:KEY_BYTES].hex() for key in task.keys.of(task.tokens)]
         self._write("arrive", id=self._ids[task], at=task.arrived, tokens=task.length, keys=keys)
 
-    def prefill(self, tasks: Sequence[Task], at: float, seconds: float, tokens: int) -> None:
-        """Note a pass that has computed so many tokens."""
-        self._write("prefill", ids=[self._ids[task] for task in tasks], at=at, seconds=seconds, tokens=tokens)
-
-    def decode(self, tasks: Sequence[Task], at: float, seconds: float) -> None:
-        """Note a decode step."""
-        self._write("decode", ids=[self._ids[task] for task in tasks], at=at, seconds=seconds)
+    def advance(self, kind: str, tasks: Sequence[Task], at: float, seconds: float, tokens: int) -> None:
+        """Note a pass, "prefill", or a step, "decode", that has computed so many tokens."""
+        self._write(kind, ids=[self._ids[task] for task in tasks], at=at, seconds=seconds, tokens=tokens)
 
     def end(self, task: Task, at: float, failed: bool) -> None:
         """Note that a task has ended, if it was queued and has not ended before."""

@@ -133,10 +133,10 @@ def _learn(events: list[dict[str, Any]]) -> tuple[Costs, list[float], list[float
     for event in events:
         kind = event["event"]
         if kind in errors:
-            line, size = (costs.prefill, event["tokens"]) if kind == "prefill" else (costs.decode, len(event["ids"]))
-            if line.weight > 0:
-                errors[kind].append(_error(line.at(size), event["seconds"]))
-            line.note(size, event["seconds"])
+            line = costs.prefill if kind == "prefill" else costs.decode
+            if line.count > 0:
+                errors[kind].append(_error(line.at(event["tokens"]), event["seconds"]))
+            line.note(event["tokens"], event["seconds"])
     return costs, errors["prefill"], errors["decode"]
 
 
@@ -145,7 +145,7 @@ SCHEMA: dict[str, dict[str, Any]] = {
     "begin": {"pages": int, "max_batch": int, "pass_tokens": int},
     "arrive": {"id": int, "at": float, "tokens": int},
     "prefill": {"ids": list, "at": float, "seconds": float, "tokens": int},
-    "decode": {"ids": list, "at": float, "seconds": float},
+    "decode": {"ids": list, "at": float, "seconds": float, "tokens": int},
     "end": {"id": int, "at": float, "tokens": int, "failed": bool},
 }
 

@@ -129,7 +129,9 @@ def test_a_simulation_of_a_simulation_is_exact(tmp_path: Path) -> None:
         at += 0.02 * 0.3  # company
         events.append({"event": "prefill", "ids": [number], "at": at, "seconds": 0.3, "tokens": 30})
         for step in range(4):
-            events.append({"event": "decode", "ids": [number], "at": at + 0.3 + 0.1 * step, "seconds": 0.1})
+            events.append(
+                {"event": "decode", "ids": [number], "at": at + 0.3 + 0.1 * step, "seconds": 0.1, "tokens": 1}
+            )
         events.append({"event": "end", "id": number, "at": at + 0.7, "tokens": 35, "failed": False})
     path = tmp_path / "log.jsonl"
     path.write_text("".join(json.dumps(event) + "\n" for event in events))
