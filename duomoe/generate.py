@@ -60,6 +60,7 @@ def _run(args: argparse.Namespace) -> None:
     startup = Startup(quiet=not progress_is_visible())
     # Torch takes seconds to import: late, so that --help and a mistyped option answer at once.
     with startup.part("importing"):
+        from duomoe.chat import Chat
         from duomoe.llm import LLM
         from duomoe.model_folder import ModelFolder
         from duomoe.sampling import SamplingParams
@@ -76,7 +77,11 @@ def _run(args: argparse.Namespace) -> None:
     with startup.part("opening"):
         folder = ModelFolder(args.model)
         tokenizer = folder.need_tokenizer()
-        tokens = tokenizer.encode_chat(prompt) if args.chat else tokenizer.encode(prompt)
+        limit = folder.config.max_position
+        if args.chat:
+            tokens = Chat(folder.checkpoint, tokenizer).tokens(prompt, limit=limit)
+        else:
+            tokens = tokenizer.encode(prompt, limit=limit)
     with startup.counting_kernels():
         llm = LLM(folder, engine_config(args), startup=startup, prompts=[len(tokens)])
         llm.prepare(params)

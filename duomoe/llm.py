@@ -6,12 +6,15 @@ import os
 import secrets
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from duomoe.chat import Chat, Message, stop_strings
 from duomoe.config import EngineConfig
 from duomoe.engine.completion import Chunk, Completion, Metrics
 from duomoe.engine.decode_step import DecodeStep
@@ -36,7 +39,7 @@ from duomoe.models.config import token_ids
 from duomoe.sampling import SamplingParams
 from duomoe.sizes import format_size
 from duomoe.startup import Startup
-from duomoe.tokenizer import TextStream
+from duomoe.text_stream import TextStream
 
 __all__ = ["EMBEDDED_MODEL", "LLM", "Chunk", "Completion", "Metrics"]
 
@@ -55,6 +58,7 @@ class LLM:
 
     Attributes:
         startup: how long the parts of starting have taken.
+        chat_stop: strings that end an answer in a chat, as generation_config.json has them (`stop_strings`).
 
     Raises:
         InputError: when the folder cannot be used, or the options cannot be met.
@@ -89,6 +93,7 @@ class LLM:
         also = token_ids(generation.get("eos_token_id"), "generation_config.json")
         self.config = folder.config
         self.eos_token_ids = frozenset(self.config.eos_token_ids) | frozenset(also)
+        self.chat_stop = stop_strings(generation)
         self._folder = folder
         self._numbers = itertools.count()
         self._limit: weakref.finalize[..., LLM] | None = None
@@ -277,17 +282,49 @@ class LLM:
             size = format_size(len(checked) * self.config.vocab_size * 4)
             raise InputError(f"the GPU's memory does not hold {size} of logits; give a shorter prompt") from None
 
+    @cached_property
+    def _chat(self) -> Chat:
+        return Chat(self._folder.checkpoint, self._folder.need_tokenizer())
+
     def fingerprint(self) -> str:
         """Return what tells this model from any other, a hash of its routers; traces and predictors carry it."""
         return self._folder.fingerprint()
 
-    def chat_tokens(self, message: str) -> list[int]:
-        """Return the prompt for one user message, by the checkpoint's chat template.
+    def chat(
+        self,
+        messages: str | Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Completion:
+        """Answer a conversation; arguments and errors as of `chat_tokens` and `generate`.
+
+        The answer ends, too, where the checkpoint says that one does: at its stop strings for chats (`chat_stop`).
+        """
+        given = params or SamplingParams()
+        prompt = self.chat_tokens(messages, tools, template_kwargs)
+        return self.generate(prompt, replace(given, stop=(*given.stop, *self.chat_stop)))[0]
+
+    def chat_tokens(
+        self,
+        messages: str | Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Return the prompt for a conversation, by the checkpoint's chat template.
+
+        Args:
+            messages: each with a role and its content, text or a list of parts of text, as the OpenAI API has them;
+                a single text is a user's message.
+            tools: functions that the model may call, as JSON schemas.
+            template_kwargs: more variables for the template, as `enable_thinking`.
 
         Raises:
-            InputError: when there is no tokenizer or no template.
+            InputError: when a message is not one, or there is no tokenizer or no template, or it fails, uses too much
+                time or memory, or makes a text that is certainly too long.
         """
-        return self._folder.need_tokenizer().encode_chat(message)
+        return self._chat.tokens(messages, tools, template_kwargs, limit=self.max_model_len)
 
     def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
         if params.stop and self.tokenizer is None:
@@ -306,7 +343,10 @@ class LLM:
         """Return a prompt's token ids, having checked that they fit, with `room` for as many new ones."""
         if not isinstance(prompt, str | list | tuple):
             raise InputError(f"a prompt is a string or a list of token ids, not {type(prompt).__name__}")
-        tokens = self._folder.need_tokenizer().encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if isinstance(prompt, str):
+            tokens = self._folder.need_tokenizer().encode(prompt, limit=self.max_model_len)
+        else:
+            tokens = list(prompt)
         if not tokens:
             raise InputError("the prompt is empty")
         for token in tokens:

@@ -7,7 +7,7 @@ from duomoe.engine.completion import Completion, Metrics
 from duomoe.engine.outbox import Outbox
 from duomoe.experts.link import Traffic
 from duomoe.sampling import SamplingParams
-from duomoe.tokenizer import TextStream
+from duomoe.text_stream import TextStream
 
 
 @dataclass(eq=False)

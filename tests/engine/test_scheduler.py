@@ -4,7 +4,7 @@ from duomoe.engine.request import Request
 from duomoe.engine.scheduler import Scheduler
 from duomoe.memory.kv_cache import PageAllocator
 from duomoe.sampling import SamplingParams
-from duomoe.tokenizer import TextStream
+from duomoe.text_stream import TextStream
 
 
 def queue(scheduler: Scheduler, *lengths: int) -> None:
