@@ -3,9 +3,11 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+from duomoe.chat_output import OutputParser, detect_style, is_thinking
 from duomoe.checkpoint import Checkpoint
 from duomoe.errors import InputError
 from duomoe.template_process import PROCESS
@@ -16,6 +18,9 @@ Message = Mapping[str, Any]
 
 # Names under which clients send what an assistant thought, the usual one first; templates read one of the first two.
 REASONING = ("reasoning_content", "thinking", "reasoning")
+
+# So many of a prompt's last tokens hold a tag that it ends with, whatever letters the tag is made of.
+PROMPT_END = 16
 
 # What a chat template gets besides messages and tools, unless its caller says otherwise.
 DEFAULTS = {"documents": None, "add_generation_prompt": True}
@@ -111,6 +116,12 @@ class Chat:
         """Return a conversation's token ids; arguments and errors as of `render` and of `Tokenizer.encode`."""
         text = self.render(messages, tools, template_kwargs)
         return self._tokenizer.encode(text, special=False, limit=limit)
+
+    def output_parser(self, prompt: Sequence[int], tools: Sequence[Mapping[str, Any]] | None = None) -> OutputParser:
+        """Return what takes apart the answer to a prompt that `tokens` returned; without tools there are no calls."""
+        style = detect_style(self.template(with_tools=tools is not None))
+        end = self._tokenizer.decode(prompt[-PROMPT_END:], shown=style.markers)
+        return OutputParser(style if tools else replace(style, calls=None), style.thinks and is_thinking(end), tools)
 
 
 def stop_strings(generation_config: Mapping[str, Any]) -> tuple[str, ...]:

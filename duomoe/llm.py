@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from duomoe.chat import Chat, Message, stop_strings
+from duomoe.chat_output import OutputParser
 from duomoe.config import EngineConfig
 from duomoe.engine.completion import Chunk, Completion, Metrics
 from duomoe.engine.decode_step import DecodeStep
@@ -252,17 +253,22 @@ class LLM:
             for stream in streams:
                 stream.close()
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, shown: Sequence[str] = ()) -> Stream:
         """Begin to continue one prompt, and return at once: its chunks, one for every token, are read by `for`.
 
         Requests that are under way advance together, whoever asked: the tokens of a stream that nobody reads wait in
         it. Closing the stream, or dropping it, ends the request.
 
+        Args:
+            prompt: a string, or token ids.
+            params: None is greedy.
+            shown: special tokens that are part of the text all the same, as those that an `OutputParser` looks for.
+
         Raises:
             InputError: when the prompt is empty or too long.
             RuntimeError: when the model is closed, or this process was forked from the one that has loaded it.
         """
-        (stream,) = submit_all(self._thread, [self._request(prompt, params or SamplingParams())])
+        (stream,) = submit_all(self._thread, [self._request(prompt, params or SamplingParams(), shown)])
         return stream
 
     submit = stream  # as one says with asyncio, where it is read by `async for`
@@ -281,6 +287,15 @@ class LLM:
         except torch.OutOfMemoryError:
             size = format_size(len(checked) * self.config.vocab_size * 4)
             raise InputError(f"the GPU's memory does not hold {size} of logits; give a shorter prompt") from None
+
+    def output_parser(self, prompt: Sequence[int], tools: Sequence[Mapping[str, Any]] | None = None) -> OutputParser:
+        """Return what takes the answer to a chat apart, in the style that the checkpoint's template shows.
+
+        Args:
+            prompt: what `chat_tokens` returned; it may have opened the reasoning already.
+            tools: as given to `chat_tokens`; without them, an answer has no calls.
+        """
+        return self._chat.output_parser(prompt, tools)
 
     @cached_property
     def _chat(self) -> Chat:
@@ -326,7 +341,7 @@ class LLM:
         """
         return self._chat.tokens(messages, tools, template_kwargs, limit=self.max_model_len)
 
-    def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
+    def _request(self, prompt: Prompt, params: SamplingParams, shown: Sequence[str] = ()) -> Request:
         if params.stop and self.tokenizer is None:
             raise InputError("--stop needs a tokenizer, and this checkpoint has no tokenizer.json")
         tokens = self._tokens(prompt)
@@ -336,7 +351,7 @@ class LLM:
             params=params,
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             length_limit=self.max_model_len,
-            stream=TextStream(self.tokenizer, params.stop, tokens),
+            stream=TextStream(self.tokenizer, params.stop, tokens, shown),
         )
 
     def _tokens(self, prompt: Prompt, room: int = 1) -> list[int]:

@@ -16,10 +16,17 @@ class TextStream:
         tokenizer: None where the checkpoint has none; the text stays empty then.
         stop: strings that end the text; they are not part of it.
         prompt: what the sequence begins with; the text continues it.
+        shown: special tokens that are part of the text all the same.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str], prompt: Sequence[int] = ()) -> None:
-        self._decoding = None if tokenizer is None else Decoding(tokenizer.detokenizer, prompt)
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        stop: Sequence[str],
+        prompt: Sequence[int] = (),
+        shown: Sequence[str] = (),
+    ) -> None:
+        self._decoding = None if tokenizer is None else Decoding(tokenizer.detokenizer(shown), prompt)
         self._stop = StopStrings(stop)
         self._state = 0  # of the search for stop strings
         self._held = ""  # decoded, not yet given out

@@ -22,7 +22,6 @@ class Tokenizer:
     Attributes:
         encoder: the tokenizers library's.
         variables: the texts of its named special tokens (`bos_token` and so on), as chat templates see them.
-        detokenizer: what its tokens add to a text.
 
     Raises:
         InputError: when tokenizer.json is not a tokenizer, or the folder's special tokens cannot be read.
@@ -41,8 +40,8 @@ class Tokenizer:
         self.variables = found.variables
         added = self.encoder.get_added_tokens_decoder()
         # A token that has once been special stays so for the library, whatever it is declared to be later.
-        special = frozenset(id for tokens in (known, added) for id, token in tokens.items() if token.special)
-        self.detokenizer = Detokenizer(self.encoder, special)
+        self._special = frozenset(id for tokens in (known, added) for id, token in tokens.items() if token.special)
+        self._detokenizers: dict[tuple[str, ...], Detokenizer] = {}
 
     def encode(self, text: str, special: bool = True, limit: int | None = None) -> list[int]:
         """Return the token ids of a text.
@@ -64,9 +63,17 @@ class Tokenizer:
             ids: list[int] = self.encoder.encode(text, add_special_tokens=special).ids
         return ids
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of some tokens, without special ones."""
-        decoding = Decoding(self.detokenizer)
+    def detokenizer(self, shown: Sequence[str] = ()) -> Detokenizer:
+        """Return what tokens add to a text: special ones nothing, but for those that are to be shown."""
+        shown = tuple(shown)
+        if shown not in self._detokenizers:
+            ids = {self.encoder.token_to_id(text) for text in shown}
+            self._detokenizers[shown] = Detokenizer(self.encoder, self._special - ids)
+        return self._detokenizers[shown]
+
+    def decode(self, tokens: Sequence[int], shown: Sequence[str] = ()) -> str:
+        """Return the text of some tokens, without special ones, but for those that are to be shown."""
+        decoding = Decoding(self.detokenizer(shown))
         return "".join([decoding.push(token) for token in tokens]) + decoding.finish()
 
     @cached_property

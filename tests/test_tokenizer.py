@@ -79,8 +79,8 @@ def test_panics_are_input_errors(tmp_path: Path) -> None:
 
         id_to_token = encode
 
+    tokenizer.detokenizer()._encoder = Panicking()  # type: ignore[assignment]
     tokenizer.encoder = Panicking()  # type: ignore[assignment]
-    tokenizer.detokenizer._encoder = Panicking()  # type: ignore[assignment]
     with pytest.raises(InputError, match="index out of bounds"):
         tokenizer.encode("a")
     with pytest.raises(InputError, match="index out of bounds"):
