@@ -13,8 +13,14 @@ from duomoe.errors import naming_failures
 
 BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 
+
 # As the tokenizers library does with bytes that were tokens of their own: U+FFFD for each that is broken.
-codecs.register_error("duomoe.each", lambda error: ("\ufffd" * (error.end - error.start), error.end))
+def _replace_each(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeDecodeError)
+    return "\N{REPLACEMENT CHARACTER}" * (error.end - error.start), error.end
+
+
+codecs.register_error("duomoe.each", _replace_each)
 
 
 class Detokenizer:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duomoe.chat import Chat, Message, stop_strings
 from duomoe.chat_output import OutputParser
+from duomoe.chat_template import ChatTemplate, Message, chat_stop_strings
 from duomoe.config import EngineConfig
 from duomoe.engine.completion import Chunk, Completion, Metrics
 from duomoe.engine.decode_step import DecodeStep
@@ -59,7 +59,7 @@ class LLM:
 
     Attributes:
         startup: how long the parts of starting have taken.
-        chat_stop: strings that end an answer in a chat, as generation_config.json has them (`stop_strings`).
+        chat_stop: strings that end an answer in a chat, besides its end-of-sequence tokens.
 
     Raises:
         InputError: when the folder cannot be used, or the options cannot be met.
@@ -94,7 +94,7 @@ class LLM:
         also = token_ids(generation.get("eos_token_id"), "generation_config.json")
         self.config = folder.config
         self.eos_token_ids = frozenset(self.config.eos_token_ids) | frozenset(also)
-        self.chat_stop = stop_strings(generation)
+        self.chat_stop = chat_stop_strings(folder.checkpoint)
         self._folder = folder
         self._numbers = itertools.count()
         self._limit: weakref.finalize[..., LLM] | None = None
@@ -298,8 +298,8 @@ class LLM:
         return self._chat.output_parser(prompt, tools)
 
     @cached_property
-    def _chat(self) -> Chat:
-        return Chat(self._folder.checkpoint, self._folder.need_tokenizer())
+    def _chat(self) -> ChatTemplate:
+        return ChatTemplate(self._folder.checkpoint, self._folder.need_tokenizer())
 
     def fingerprint(self) -> str:
         """Return what tells this model from any other, a hash of its routers; traces and predictors carry it."""
@@ -315,11 +315,14 @@ class LLM:
     ) -> Completion:
         """Answer a conversation; arguments and errors as of `chat_tokens` and `generate`.
 
-        The answer ends, too, where the checkpoint says that one does: at its stop strings for chats (`chat_stop`).
+        The answer ends at the checkpoint's own stop strings for chats, too (`chat_stop`).
         """
+        return self.generate(self.chat_tokens(messages, tools, template_kwargs), self.chat_params(params))[0]
+
+    def chat_params(self, params: SamplingParams | None = None) -> SamplingParams:
+        """Return parameters with which an answer in a chat ends at `chat_stop`, too."""
         given = params or SamplingParams()
-        prompt = self.chat_tokens(messages, tools, template_kwargs)
-        return self.generate(prompt, replace(given, stop=(*given.stop, *self.chat_stop)))[0]
+        return replace(given, stop=(*given.stop, *self.chat_stop))
 
     def chat_tokens(
         self,

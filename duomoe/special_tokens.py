@@ -120,7 +120,7 @@ def _listed(found: Any) -> list[Token]:
     """Return the extra tokens where they have no names; they are special if they do not say otherwise."""
     if not found or isinstance(found, Mapping):
         return []
-    return [_token({"special": True} | token if isinstance(token, Mapping) else token) for token in found]
+    return [_token({"special": True, **token} if isinstance(token, Mapping) else token) for token in found]
 
 
 def _token(value: Any) -> Any:

@@ -85,7 +85,7 @@ def _steps(part: Any) -> list[dict[str, Any]]:
 def _keeps_text(step: dict[str, Any]) -> bool:
     """Return whether a step keeps every character, or writes a space as the vocabulary does, or composes accents."""
     if step["type"] == "Replace":
-        return step["pattern"] == {"String": " "} and step["content"] == SPACE
+        return bool(step["pattern"] == {"String": " "} and step["content"] == SPACE)
     if step["type"] in ("Split", "Punctuation"):
         return bool(step["behavior"] != "Removed")
     return step["type"] in ("NFC", "Prepend", "ByteLevel", "Metaspace", "Digits")

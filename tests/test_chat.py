@@ -1,312 +1,116 @@
-"""Chats: as transformers renders them, and templates that would use all there is."""
+"""`python -m duomoe.chat`: a chat in the terminal."""
 
-# ruff: noqa: E501 (templates, whose line breaks count)
-
-import os
-import subprocess
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
+import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
-from tokenizer_folders import byte_level, load, save
+from tokenizer_folders import write_json
 
-from duomoe import template_process
-from duomoe.chat import Chat, prepare
-from duomoe.checkpoint import Checkpoint
-from duomoe.errors import InputError
-from duomoe.template_process import PROCESS, TemplateProcess
-
-# Each uses some feature of the language that checkpoints' templates use; all are our own.
-TEMPLATES = {
-    "roles": """
-{%- for m in messages %}
-    {%- if m.role == 'developer' or m['role'] == "system" %}
-        {{- '<|system|>' ~ m.content | trim ~ eos_token }}
-    {%- elif m.role == 'tool' %}
-        {{- '<|tool|>' + m.content + '<|end|>' }}
-    {%- else %}
-        {{- '<|' + m.role + '|>' + (m.content or '') }}
-        {%- for call in m.tool_calls or [] %}
-            {{- call.function.name }}({{ call.function.arguments | tojson }})
-        {%- endfor %}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% if enable_thinking is defined and not enable_thinking %}{{
- '<think></think>' }}{% endif %}{% endif %}""",
-    "blocks": """{% for m in messages %}
-    {% if loop.first %}
-  first {{ loop.index0 }} of {{ loop.length }}
-    {% endif %}
-{{ m['content'] }}
-{% endfor %}
-{# nothing #}
-    end
-""",
-    "tojson": """{{ tools | tojson }}|{{ tools | tojson(True) }}|{{ messages | tojson(false, 2) }}|{{
- messages | tojson(indent=1, separators=[',', ':'], sort_keys=true) }}|{{ tools | tojson(False, none, [', ', '='], True)}}""",
-    "generation": """{% set x = 'outer' %}{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' %}{% generation %}
-{% set x = 'inner' %}{{ m.content }}{{ x }}{{ loop.index }}
-{% endgeneration %}{% else %}{{ m.content }}{% endif %}{{ x }}{% endfor %}""",
-    "variables": """{{ bos_token }}|{{ eos_token }}|{{ bos_token is defined }}{{ unk_token is defined }}{{ pad_token is defined
- }}{{ image_token is defined }}{{ tools is none }}{{ tools is defined }}{{ documents is none }}{{ nothing is defined }}{{
- add_generation_prompt }}{{ enable_thinking | default('unset') }}{{ messages | length }}""",
-    "loops": """{% for i in range(9) %}{% if i == 2 %}{% continue %}{% endif %}{% if i == 5 %}{% break %}{% endif %}{{ i
- }}{% endfor %}{% set ns = namespace(n=0) %}{% for m in messages[::-1] %}{% set ns.n = ns.n + m.content | length
- %}{% endfor %}{{ ns.n }}{{ messages[-1].content.split('e')[0] }}{{ messages[0]['content'][1:3] }}""",
-    "macros": """{%- macro turn(m, end='<|end|>') %}{{ m.role | upper }}: {{ caller() if caller else m.content }}{{ end }}{% endmacro %}
-{%- for m in messages %}{{ turn(m) }}{{ turn(m, end='') }}{% call turn(m) %}{{ m.content | replace('e', '3') }}{% endcall %}{% endfor %}
-{{- dict(a=1) }}{{ messages | map(attribute='role') | join(',') }}{{ messages | selectattr('role', 'equalto', 'user') | list | length }}""",
-    "reasoning": """{% for m in messages %}{% if m.reasoning_content is defined %}<think>{{ m.reasoning_content }}</think>{% endif %}{%
- if m.thinking is defined %}[{{ m.thinking }}]{% endif %}{{ m.content is defined }}{{ m.name is defined }}{% endfor %}""",
-    "markup": """{{ messages[0].content }}<&>"'{{ '<b>' }}\\n{{ 'a\\nb' }}{{ "é" }}{{ '%s-%d' % ('a', 3) }}{{ 3 // 2 }}{{ 2 ** 10 }}""",
-    "year": "{{ strftime_now('%Y-%m') }}",
-}
-
-USER = {"role": "user", "content": "the <b> '€' & <think>there</think> <|end|>"}
-CHATS: dict[str, list[dict[str, Any]]] = {
-    "one": [USER],
-    "system": [{"role": "system", "content": " be brief\n"}, USER],
-    "turns": [
-        {"role": "system", "content": "x"},
-        USER,
-        {"role": "assistant", "content": "there", "reasoning": "hm", "name": None},
-        {"role": "user", "content": "e e", "name": "ab"},
-    ],
-    "calls": [
-        USER,
-        {
-            "role": "assistant",
-            "content": "",
-            "tool_calls": [
-                {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"a": [1, "é"], "b": None}}},
-                {"id": "2", "type": "function", "function": {"name": "g", "arguments": {}}},
-            ],
-        },
-        {"role": "tool", "content": "7 €", "tool_call_id": "1"},
-        {"role": "tool", "content": "", "tool_call_id": "2"},
-    ],
-}
-TOOLS = [{"type": "function", "function": {"name": "f", "description": "<é>", "parameters": {"type": "object"}}}]
+from duomoe import LLM, InputError, SamplingParams
+from duomoe.chat import Conversation, main
+from duomoe.chat_output import Delta
+from duomoe.llm import EMBEDDED_MODEL
 
 
-def chat(folder: Path) -> Chat:
-    return Chat(Checkpoint(folder), load(folder))
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with LLM(device="cpu", max_model_len=200) as llm:
+        yield llm
 
 
-@pytest.mark.parametrize("tools", [None, [], TOOLS])
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_as_transformers(tmp_path: Path, name: str, tools: Any) -> None:
-    config = {"bos_token": "<s>", "eos_token": "<|end|>", "image_token": "<img>", "pad_token": None}
-    folder = save(tmp_path, byte_level(), chat_template=TEMPLATES[name], **config)
-    reference = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
-    found = chat(folder)
-    for messages in CHATS.values():
-        for kwargs in ({}, {"enable_thinking": False}, {"add_generation_prompt": False, "eos_token": "!"}):
-            options = {"add_generation_prompt": True} | kwargs
-            expected = reference.apply_chat_template(messages, tools, tokenize=False, **options)
-            assert found.render(messages, tools, kwargs) == expected
-            ids = reference.apply_chat_template(messages, tools, return_dict=False, **options)
-            assert found.tokens(messages, tools, kwargs) == ids
+def talk(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, lines: str, *args: str) -> Any:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    code = main(["--device", "cpu", "--max-new-tokens", "20", *args])
+    return code, *capsys.readouterr()
 
 
-@pytest.mark.parametrize("layout", ["list", "files", "file_and_list"])
-@pytest.mark.parametrize("tools", [None, [], TOOLS])
-def test_named_templates(tmp_path: Path, layout: str, tools: Any) -> None:
-    named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}]
-    folder = save(tmp_path, byte_level(), **({"chat_template": named} if "list" in layout else {}))
-    if "file" in layout:
-        (folder / "chat_template.jinja").write_text("file")
-    if layout == "files":
-        (folder / "additional_chat_templates").mkdir()
-        (folder / "additional_chat_templates" / "tool_use.jinja").write_text("tool file")
-    reference = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
-    expected = reference.apply_chat_template([USER], tools, tokenize=False, add_generation_prompt=True)
-    assert chat(folder).render([USER], tools) == expected
+def test_turns_and_a_new_beginning(
+    llm: LLM, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = SamplingParams(max_new_tokens=20)
+    system = {"role": "system", "content": "Be brief."}
+    first = llm.chat([system, {"role": "user", "content": "Who is dead?"}], params).text
+    turns = [{"role": "user", "content": "Who is dead?"}, {"role": "assistant", "content": first}]
+    second = llm.chat([system, *turns, {"role": "user", "content": "Why?"}], params).text
+    lines = "Who is dead?\n\nWhy?\n/reset\n/what\nWho is dead?\n/exit\nmore\n"
+    code, out, err = talk(capsys, monkeypatch, lines, "--system", "Be brief.")
+    assert code == 0 and out == f"{first}\n{second}\n{first}\n"
+    assert err.count("/reset") == 2  # at the beginning, and for what is no command
 
 
-def test_a_text_is_a_users_message(tmp_path: Path) -> None:
-    found = chat(save(tmp_path, byte_level(), chat_template="{{ messages | tojson }}"))
-    assert found.render("hello") == '[{"role": "user", "content": "hello"}]'
+def test_what_fails_does_not_end_the_chat(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = f"Who is dead?\n{'long ' * 5000}\nWho is dead?\n"
+    code, out, err = talk(capsys, monkeypatch, lines)
+    assert code == 0 and out.count("\n") == 2 and err.count("duomoe: error: the prompt has") == 1
+    code, out, err = talk(capsys, monkeypatch, "a\n", "--template-arg", "x")
+    assert code == 2 and "KEY=VALUE" in err
 
 
-def test_messages_as_clients_send_them() -> None:
-    call = {"id": "1", "function": {"name": "f", "arguments": '{"a": 1}'}}
-    empty = {"id": "2", "function": {"name": "f", "arguments": ""}}
-    messages = [
-        {"role": "developer", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
-        {"role": "assistant", "content": None, "tool_calls": [call, empty], "refusal": None},
+def test_an_interrupt_ends_the_answer_and_not_the_chat(
+    llm: LLM, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversation = Conversation(llm, llm.chat_params(SamplingParams(max_new_tokens=100)), None, {})
+    stream = llm.stream
+
+    class Interrupted:
+        def __init__(self, inner: Any) -> None:
+            self._inner, self._count = inner, 0
+
+        def __enter__(self) -> "Interrupted":
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            self._inner.close()
+
+        def __iter__(self) -> "Interrupted":
+            return self
+
+        def __next__(self) -> Any:
+            self._count += 1
+            if self._count > 4:
+                raise KeyboardInterrupt
+            return next(self._inner)
+
+    monkeypatch.setattr(llm, "stream", lambda *args, **options: Interrupted(stream(*args, **options)))
+    conversation.say("Tell me of the king.")
+    partly = capsys.readouterr().out
+    monkeypatch.setattr(llm, "stream", stream)
+    assert conversation.messages[-1] == {"role": "assistant", "content": partly.rstrip()}
+    conversation.say("Why?")
+    assert len(conversation.messages) == 4 and conversation.messages[0]["content"] == "Tell me of the king."
+
+
+def test_reasoning_is_shown_and_kept_apart(
+    llm: LLM, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversation = Conversation(llm, SamplingParams(), None, {})
+    deltas = [Delta("reasoning", "hm"), Delta("content", "so"), Delta("content", " it is")]
+    monkeypatch.setattr(conversation, "_answer", lambda prompt: iter(deltas))
+    conversation.say("Why?")
+    assert capsys.readouterr().out == "hm\n\nso it is\n"
+    assert conversation.messages[-1] == {"role": "assistant", "content": "so it is", "reasoning_content": "hm"}
+
+
+def test_the_embedded_model_answers_with_a_speech(llm: LLM) -> None:
+    assert llm.chat_stop == ("\n\n",)
+    tokens = llm.chat_tokens([{"role": "system", "content": " Be brief.\n"}, {"role": "user", "content": "Who?"}])
+    assert llm.tokenizer is not None
+    assert llm.tokenizer.decode(tokens) == "SYSTEM\nBe brief.\n\nUSER\nWho?\n\nASSISTANT\n"
+    answers = [
+        llm.chat("Who is there?", SamplingParams(max_new_tokens=150, temperature=0.8, seed=seed)) for seed in range(6)
     ]
-    found = prepare(messages, "{{ message.content }}")
-    assert found[0] == {"role": "system", "content": "a\nb"}
-    assert [call["function"]["arguments"] for call in found[1].pop("tool_calls")] == [{"a": 1}, {}]
-    assert found[1] == {"role": "assistant"}
-    assert call["function"]["arguments"] == '{"a": 1}', "a client's message is not changed"
-    loop = "{% for part in message['content'] %}{{ part.text }}{% endfor %}"
-    assert prepare(messages, loop)[0]["content"] == messages[0]["content"]
-    assert prepare(messages, "{% if role == 'developer' %}")[0]["role"] == "developer"
-    for plain in ("{% for line in message.content.split() %}", "{% for m in messages %}{{ m.content }}{% endfor %}"):
-        assert prepare(messages, plain)[0]["content"] == "a\nb"
+    assert all(answer.text.strip() and "\n\n" not in answer.text for answer in answers)
+    assert sum(answer.finish_reason == "stop" for answer in answers) >= 4
 
 
-@pytest.mark.parametrize(
-    ("messages", "words"),
-    [
-        ([], "one or more"),
-        ({}, "list"),
-        ([5], "list"),
-        ([{"content": "a"}], r"messages\[0\] has no role"),
-        ([{"role": 5, "content": "a"}], "has no role"),
-        ([USER, {"role": "user", "content": 5}], r"messages\[1\].content"),
-        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], "image_url"),
-        ([{"role": "user", "content": [{"type": "text"}]}], "type text"),
-        ([{"role": "user", "content": ["a"]}], "parts"),
-        ([{"role": "assistant", "tool_calls": {"a": 1}}], "tool_calls"),
-        ([{"role": "assistant", "tool_calls": [{"function": {"arguments": "[1]"}}]}], r"tool_calls\[0\]"),
-        ([{"role": "assistant", "tool_calls": [{"function": {"arguments": "{"}}]}], "JSON"),
-        ([{"role": "assistant", "tool_calls": [{"function": {"arguments": "[" * 100_000}}]}], "JSON"),
-        ([{"role": "user", "content": "a", "more": {1, 2}}], "JSON"),
-        ([{"role": "user", "content": "\ud800"}], "tokens"),
-    ],
-)
-def test_what_is_no_conversation_is_named(tmp_path: Path, messages: Any, words: str) -> None:
-    found = chat(save(tmp_path, byte_level(), chat_template="{{ messages[0].content }}"))
-    with pytest.raises(InputError, match=words):
-        found.tokens(messages)
-
-
-def test_other_arguments_are_checked(tmp_path: Path) -> None:
-    found = chat(save(tmp_path, byte_level(), chat_template="{{ messages[0].content }}"))
-    with pytest.raises(InputError, match="tools must be"):
-        found.render([USER], ["f"])  # type: ignore[list-item]
-    with pytest.raises(InputError, match="cannot be named messages"):
-        found.render([USER], None, {"messages": []})
-    for bad in ({"chat_template": 5}, {"chat_template": [{"name": "default"}]}):
-        with pytest.raises(InputError, match="chat_template is not text"):
-            chat(save(tmp_path, byte_level(), **bad)).render([USER])
-    with pytest.raises(InputError, match="no chat template"):
-        chat(save(tmp_path, byte_level())).render([USER])
-
-
-HOSTILE = {
-    "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    "power": "{{ 10 ** 100000000 }}",
-    "long": "{{ 'a' * 10**9 }}",
-    "list": "{{ [1] * 10**10 }}",
-    "doubling": "{% set n = namespace(s='aaaaaaaa') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}{{ n.s }}",
-    "width": "{{ '%1000000000d' % 1 }}",
-    "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-    "nesting": "{{ " + "(" * 100_000 + " }}",
-    "refusal": "{{ raise_exception('no') }}",
-    "syntax": "{% if",
-    "include": "{% include '/etc/passwd' %}",
-    "undefined": "{{ a.b.c }}",
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_templates_end_and_others_go_on(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(template_process, "RENDER_SECONDS", 1.0)
-    with pytest.raises(InputError, match=r"the chat template failed: .+") as found:
-        PROCESS.render(HOSTILE[name], {})
-    assert len(str(found.value)) < 1100
-    assert PROCESS.render("{{ a }}", {"a": "é"}) == "é"
-
-
-def test_a_template_reaches_neither_files_nor_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also one that has escaped the sandbox: what the process itself can do."""
-    program = f"""
-import os, socket, sys
-sys.path.insert(0, {str(template_process.WORKER.parent)!r})
-import template_worker
-
-def escape(request):
-    done = []
-    for name, attempt in {{
-        "read": lambda: open("/etc/hostname"),
-        "write": lambda: open("/tmp/x", "w"),
-        "socket": socket.socket,
-        "environment": lambda: os.environ["SECRET"],
-    }}.items():
-        try:
-            attempt()
-            done.append(name)
-        except (OSError, KeyError):
-            pass
-    return ["text", ",".join(done)]
-
-warm_up = template_worker.answer
-template_worker.answer = lambda request: warm_up(request) if b"lipsum" in request else escape(request)
-template_worker.serve(sys.stdin.buffer, sys.stdout.buffer)
-"""
-    worker = tmp_path / "worker.py"
-    worker.write_text(program)
-    monkeypatch.setattr(template_process, "WORKER", worker)
-    monkeypatch.setenv("SECRET", "1")
-    process = TemplateProcess()
-    try:
-        assert process.render("", {}) == ""
-    finally:
-        process.close()
-
-
-def test_threads_share_the_process() -> None:
-    with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda n: PROCESS.render("{{ n }}", {"n": n}), range(200)))
-    assert found == [str(n) for n in range(200)]
-
-
-def test_a_fork_has_a_process_of_its_own() -> None:
-    """Also where another thread was just rendering."""
-    assert PROCESS.render("{{ 1 }}", {}) == "1"
-    mine = PROCESS._process
-    assert mine is not None
-    with PROCESS._lock:
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                code = 0 if PROCESS.render("{{ 2 }}", {}) == "2" and PROCESS._process is not mine else 2
-            finally:
-                os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert PROCESS.render("{{ 3 }}", {}) == "3" and PROCESS._process is mine
-
-
-def test_a_process_that_dies_is_begun_again() -> None:
-    PROCESS.render("{{ 1 }}", {})
-    assert PROCESS._process is not None
-    PROCESS._process.kill()
-    PROCESS._process.wait()
-    assert PROCESS.render("{{ 1 }}", {}) == "1"
-
-
-def test_an_interrupt_leaves_no_reply_to_the_next_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = template_process._exchange
-
-    def interrupted(process: Any, request: bytes) -> Any:
-        process.stdin.write(len(request).to_bytes(8, "little") + request)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(template_process, "_exchange", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        PROCESS.render("{{ 1 }}", {})
-    monkeypatch.setattr(template_process, "_exchange", original)
-    assert PROCESS.render("{{ 2 }}", {}) == "2"
-
-
-def test_it_ends_with_the_program() -> None:
-    program = (
-        "from duomoe.template_process import PROCESS\nPROCESS.render('', {})\nprint(PROCESS._process.pid, flush=True)\n"
-    )
-    for end in ("", "import os; os._exit(0)", "raise SystemExit(3)"):
-        command = [sys.executable, "-W", "error", "-c", program + end]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.stderr == ""
-        deadline = time.monotonic() + 20
-        while Path(f"/proc/{done.stdout.strip()}/cmdline").exists():
-            assert time.monotonic() < deadline, "the process lives on"
-            time.sleep(0.01)
+def test_stop_strings_that_are_none(tmp_path: Path) -> None:
+    for file in EMBEDDED_MODEL.iterdir():
+        if file.is_file():
+            (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "tokenizer_config.json").unlink()
+    for bad in (5, [5], [""], {"a": 1}):
+        write_json(tmp_path / "tokenizer_config.json", {"chat_stop_strings": bad})
+        with pytest.raises(InputError, match="chat_stop_strings"):
+            LLM(tmp_path, device="cpu")

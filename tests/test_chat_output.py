@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_chat import chat
+from test_chat_template import chat
 from tokenizer_folders import byte_level, save
 from tokenizers import AddedToken
 
