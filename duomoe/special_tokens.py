@@ -71,16 +71,14 @@ def _read(checkpoint: Checkpoint, known: set[str]) -> SpecialTokens:
             token for token in _listed(more.get("extra_special_tokens")) if token not in listed
         ]
         numbered = _added_tokens_file(checkpoint, values)
-    by_text = {str(token): token for token in numbered.values()}
-    usual = {name: _token(values[name]) for name in NAMED if values.get(name) is not None}
-    named = {name: by_text.get(str(token), token) for name, token in usual.items()}
+    named = {name: _token(values[name]) for name in NAMED if values.get(name) is not None}
     named |= {name: _token(values[name]) for name in _own_names(values)}
     named |= {name: _token(token) for name, token in own.items()}
     extra = _listed(values.get("extra_special_tokens") or values.get("additional_special_tokens"))
 
     texts = {name: str(token) for name, token in named.items()}
     added = [token for _, token in sorted(numbered.items())]
-    known = known | by_text.keys()
+    known = known | {str(token) for token in added}
     for token in [*named.values(), *extra]:
         if str(token) not in known:
             known.add(str(token))

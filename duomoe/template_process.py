@@ -1,6 +1,5 @@
 """Chat templates rendered in a process of their own, within limits of time and memory."""
 
-import atexit
 import importlib.util
 import json
 import os
@@ -152,5 +151,4 @@ def _read(process: "subprocess.Popen[bytes]", size: int) -> bytes:
 
 
 PROCESS = TemplateProcess()
-atexit.register(PROCESS.close)
 os.register_at_fork(after_in_child=PROCESS.abandon)

@@ -79,6 +79,11 @@ EXAMPLES: list[tuple[Style, str, Answer]] = [
         "<function=g><parameter=x>True</parameter><parameter=y>[1]</parameter><parameter=z>a b</parameter></function>",
         ("", "", [("g", {"x": True, "y": [1], "z": "a b"})]),
     ),
+    (  # `text` is text by its schema, `other` reads as a number, and infinity is none
+        Style("qwen_coder"),
+        "<function=f><parameter=text>1</parameter><parameter=other>1</parameter><parameter=n>1e999</parameter></function>",
+        ("", "", [("f", {"text": "1", "other": 1, "n": "1e999"})]),
+    ),
     (Style("mistral"), MISTRAL, ("", "", [("f", {"a": 1}), ("g", {})])),
     (Style("mistral"), "a" + MISTRAL_NEW, ("", "a", [("f", {"a": {"b": "]"}}), ("g", {})])),
     (Style("mistral"), '[TOOL_CALLS]f{"a": 1}', ("", "", [("f", {"a": 1})])),
