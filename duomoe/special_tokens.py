@@ -102,9 +102,7 @@ def _added_tokens_file(checkpoint: Checkpoint, values: dict[str, Any]) -> dict[i
 def _own_names(values: dict[str, Any]) -> list[str]:
     """Return the names of tokens that only this model has."""
     return [
-        name
-        for name, value in values.items()
-        if name.endswith("_token") and name not in NAMED and isinstance(value, str | Mapping)
+        name for name, value in values.items() if name.endswith("_token") and name not in NAMED and _is_token(value)
     ]
 
 
@@ -121,11 +119,15 @@ def _listed(found: Any) -> list[Token]:
     return [_token({"special": True, **token} if isinstance(token, Mapping) else token) for token in found]
 
 
+def _is_token(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, Mapping) and isinstance(value.get("content"), str))
+
+
 def _token(value: Any) -> Any:
     """Return a token; files write it plain or as an object."""
     if isinstance(value, str | AddedToken):
         return value
-    if not isinstance(value, Mapping) or not isinstance(value.get("content"), str):
+    if not _is_token(value):
         raise ValueError(f"{value!r} is not a token")
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
     return AddedToken(value["content"], **{flag: bool(value[flag]) for flag in flags if value.get(flag) is not None})

@@ -87,6 +87,14 @@ def test_panics_are_input_errors(tmp_path: Path) -> None:
         tokenizer.decode([5])
 
 
+def test_a_tokenizer_that_panics(tmp_path: Path) -> None:
+    """The library's own panic, which it also tells on stderr."""
+    encoder = byte_level()
+    encoder.pre_tokenizer = pre_tokenizers.FixedLength(0)
+    with pytest.raises(InputError, match="the prompt cannot be turned into tokens: chunk size"):
+        load(save(tmp_path, encoder)).encode("the")
+
+
 def test_a_file_that_makes_the_library_panic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def panic(*args: object) -> None:
         raise Panic("called `Option::unwrap()` on a `None` value")
