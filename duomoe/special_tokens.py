@@ -11,11 +11,10 @@ from duomoe.errors import InputError
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
-# Tokens that transformers' tokenizer classes have where tokenizer_config.json does not mention the name.
-CLASS_DEFAULTS = {
-    "LlamaTokenizer": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
-    "Qwen2Tokenizer": dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>"),
-}
+# Tokens that transformers' class for Qwen has where tokenizer_config.json does not mention the name. That class is used
+# for Qwen's families, if the folder asks for it or for none. Mixtral gets a class that takes nothing for granted.
+QWEN_FAMILIES = ("qwen2_moe", "qwen3_moe")
+QWEN_DEFAULTS = dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>")
 
 Token = str | AddedToken
 
@@ -53,8 +52,9 @@ def read_special_tokens(checkpoint: Checkpoint, known: set[str]) -> SpecialToken
 
 def _read(checkpoint: Checkpoint, known: set[str]) -> SpecialTokens:
     config = checkpoint.read_json("tokenizer_config.json") or {}
-    kind = str(config.get("tokenizer_class", "")).removesuffix("Fast")
-    values: dict[str, Any] = CLASS_DEFAULTS.get(kind, {}) | config
+    asked = config.get("tokenizer_class") or checkpoint.config.get("tokenizer_class") or "Qwen2Tokenizer"
+    is_qwen = checkpoint.config.get("model_type") in QWEN_FAMILIES and asked in ("Qwen2Tokenizer", "Qwen2TokenizerFast")
+    values: dict[str, Any] = (QWEN_DEFAULTS if is_qwen else {}) | config
     if not values.get("extra_special_tokens"):  # the older name
         values["extra_special_tokens"] = values.pop("additional_special_tokens", None)
     # Names that only this model has: what tokenizer_config.json says as plain text counts most.

@@ -54,15 +54,9 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "special_tokens_map.json": {"additional_special_tokens": ["<a>"]},
         },
     ),
-    "llama_class": ({"tokenizer_class": "LlamaTokenizerFast"}, {}),
-    "llama_class_without_bos": ({"tokenizer_class": "LlamaTokenizer", "bos_token": None}, {}),
 }
 
 TEXT = "the <|im_start|> there <x><y> <think>€</think> <a><b> <s>ab<|end|> <img><m><v><i><j> <c>"
-
-
-def reference(folder: Path) -> Any:
-    return transformers.PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("make", [byte_level, byte_fallback])
@@ -72,17 +66,27 @@ def test_as_transformers(tmp_path: Path, make: Any, case: str) -> None:
     folder = save(tmp_path, make(), **config)
     for name, content in files.items():
         write_json(folder / name, content)
-    # The class of a checkpoint tells what its names are where the folder is silent; these two share a reference.
-    expected = transformers.LlamaTokenizerFast.from_pretrained(folder) if "llama" in case else reference(folder)
-    found = load(folder)
+    expected, found = transformers.PreTrainedTokenizerFast.from_pretrained(folder), load(folder)
     assert found.variables == expected.special_tokens_map
     assert found.encoder.get_vocab() == expected.get_vocab()
-    if "llama" in case:
-        return  # that class makes pre-tokenizer and decoder anew
     for special in (True, False):
         assert found.encode(TEXT, special) == expected.encode(TEXT, add_special_tokens=special)
     ids = found.encode(TEXT)
     assert found.decode(ids) == expected.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("kind", [None, "Qwen2Tokenizer", "Qwen2TokenizerFast", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("config", [{}, {"unk_token": None, "eos_token": "<|end|>"}])
+def test_names_that_the_folder_does_not_mention(
+    tmp_path: Path, family: str, kind: str | None, config: dict[str, Any]
+) -> None:
+    """What they are by default depends on the class that transformers takes."""
+    folder = save(tmp_path, byte_level(), tokenizer_class=kind, **config)
+    write_json(folder / "config.json", {"model_type": family})
+    expected, found = transformers.AutoTokenizer.from_pretrained(folder), load(folder)
+    assert found.variables == expected.special_tokens_map
+    assert found.encoder.get_vocab() == expected.get_vocab()
 
 
 def test_padding_and_truncation_are_off(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def save(folder: Path, encoder: Encoder, **config: Any) -> Path:
     """Write a tokenizer into a folder that is otherwise empty of weights."""
     folder.mkdir(exist_ok=True)
     encoder.save(str(folder / "tokenizer.json"))
-    write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"} | config)
     write_json(folder / "config.json", {"model_type": "qwen3_moe"})
     (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     return folder
