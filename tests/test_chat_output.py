@@ -196,7 +196,7 @@ def written(style: str, calls: list[tuple[str, dict[str, Any]]]) -> str:
     content=WORDS,
     calls=st.lists(st.tuples(st.sampled_from(["f", "get_x", "a.b-c"]), st.dictionaries(st.text(), VALUES)), max_size=3),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_what_was_written_is_read(style: str, thought: str, content: str, calls: list[Any]) -> None:
     text = f"<think>\n{thought}\n</think>\n\n{content}\n" + (written(style, calls) if calls else "")
     found = joined(parse(Style(style.removesuffix("_list"), True), list(text)))
