@@ -44,7 +44,7 @@ class Detokenizer:
         self._special = special
         decoder = json.loads(encoder.decoder.__getstate__()) if encoder.decoder is not None else {"type": None}
         steps = decoder.get("decoders", [decoder])
-        kinds = [step["type"] for step in steps]
+        kinds = [step["type"] for step in steps if step["type"] != "Fuse"]
         self._byte_tokens = "ByteFallback" in kinds
         self._replaced: list[tuple[str, str]] = []
         self._alphabet: dict[str, int] = {}

@@ -49,6 +49,13 @@ def byte_fallback() -> Encoder:
     return encoder
 
 
+def fused() -> Encoder:
+    """Return a tokenizer whose decoder is byte-level, but says so in two steps."""
+    encoder = byte_level()
+    encoder.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Fuse()])
+    return encoder
+
+
 def metaspace() -> Encoder:
     """Return a tokenizer whose decoder treats the first token of a text differently."""
     encoder = Encoder(models.BPE(vocab={"▁": 0, "a": 1, "▁a": 2, "€": 3, "▁▁": 4}, merges=[("▁", "a"), ("▁", "▁")]))
@@ -66,7 +73,13 @@ def separated() -> Encoder:
     return encoder
 
 
-KINDS = {"byte_level": byte_level, "byte_fallback": byte_fallback, "metaspace": metaspace, "separated": separated}
+KINDS = {
+    "byte_level": byte_level,
+    "fused": fused,
+    "byte_fallback": byte_fallback,
+    "metaspace": metaspace,
+    "separated": separated,
+}
 
 
 def save(folder: Path, encoder: Encoder, **config: Any) -> Path:
