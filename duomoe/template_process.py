@@ -17,6 +17,7 @@ WORKER = Path(__file__).parent / "template_worker.py"
 
 START_SECONDS = 60.0
 RENDER_SECONDS = 5.0
+MAX_REPLY_BYTES = 256 << 20
 
 # All that a template's process sees of this one's environment, which may hold secrets.
 KEPT = ("TZ", "LD_LIBRARY_PATH", "PYTHONHOME")
@@ -53,7 +54,7 @@ class TemplateProcess:
             try:
                 with _ended_after(RENDER_SECONDS, process) as late:
                     kind, text = _exchange(process, request)
-            except (OSError, EOFError):
+            except (OSError, EOFError, ValueError):
                 self.close()
                 reason = f"it takes more than {RENDER_SECONDS:g} seconds" if late.is_set() else "its process ended"
                 raise InputError(f"the chat template failed: {reason}") from None
@@ -100,9 +101,11 @@ class TemplateProcess:
             try:
                 with _ended_after(START_SECONDS, self._process):
                     _read(self._process, len(b"ready"))
-            except EOFError:
+            except BaseException as error:
                 self.close()
-                raise InputError("the process that renders chat templates does not start") from None
+                if isinstance(error, EOFError):
+                    raise InputError("the process that renders chat templates does not start") from None
+                raise
         return self._process
 
 
@@ -130,12 +133,16 @@ def _exchange(process: "subprocess.Popen[bytes]", request: bytes) -> tuple[str, 
 
     Raises:
         OSError, EOFError: when the process ends meanwhile.
+        ValueError: when it sends what is no reply.
     """
     assert process.stdin is not None
     left = memoryview(len(request).to_bytes(8, "little") + request)
     while left:
         left = left[process.stdin.write(left) :]
-    kind, text = json.loads(_read(process, int.from_bytes(_read(process, 8), "little")))
+    size = int.from_bytes(_read(process, 8), "little")
+    if size > MAX_REPLY_BYTES:
+        raise ValueError
+    kind, text = json.loads(_read(process, size))
     return kind, text
 
 

@@ -302,6 +302,36 @@ def test_an_interrupt_leaves_no_reply_to_the_next_request(monkeypatch: pytest.Mo
     assert PROCESS.render("{{ 2 }}", {}) == "2"
 
 
+def test_an_interrupted_start_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = TemplateProcess()
+    original = template_process._read
+
+    def interrupted(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(template_process, "_read", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        process.render("{{ 1 }}", {})
+    monkeypatch.setattr(template_process, "_read", original)
+    assert process.render("{{ 2 }}", {}) == "2"
+    process.close()
+
+
+@pytest.mark.parametrize(
+    "reply", [b"\xff" * 8, (2).to_bytes(8, "little") + b"[]", (1).to_bytes(8, "little") + b"x", b""]
+)
+def test_a_process_that_does_not_keep_to_the_rules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reply: bytes
+) -> None:
+    (tmp_path / "worker.py").write_text(f"import sys; sys.stdout.buffer.write(b'ready' + {reply!r})")
+    monkeypatch.setattr(template_process, "WORKER", tmp_path / "worker.py")
+    with pytest.raises(InputError, match="its process ended"):
+        TemplateProcess().render("", {})
+    (tmp_path / "worker.py").write_text("")
+    with pytest.raises(InputError, match="does not start"):
+        TemplateProcess().render("", {})
+
+
 def is_running(process: int) -> bool:
     """Return whether a process has not ended; one that nobody has waited for yet has no command line."""
     try:
