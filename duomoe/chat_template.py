@@ -60,7 +60,7 @@ class ChatTemplate:
             return found
         given = (self._checkpoint.read_json("tokenizer_config.json") or {}).get("chat_template")
         if isinstance(given, list) and all(isinstance(item, Mapping) for item in given):
-            given = {item.get("name"): item.get("template") for item in given}
+            given = {str(item.get("name")): item.get("template") for item in given}
         elif given is not None:
             given = {"default": given}
         if not all(isinstance(text, str) for text in (given or {}).values()):
@@ -98,6 +98,8 @@ class ChatTemplate:
         given = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
         if tools is not None and not _are_objects(tools):
             raise InputError("tools must be a list of objects, each the schema of a function")
+        if template_kwargs is not None and not isinstance(template_kwargs, Mapping):
+            raise InputError("template arguments must be an object")
         more = dict(template_kwargs or {})
         taken = sorted(more.keys() & {"messages", "tools"})
         if taken:

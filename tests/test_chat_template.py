@@ -184,7 +184,9 @@ def test_other_arguments_are_checked(tmp_path: Path) -> None:
         found.render([USER], ["f"])  # type: ignore[list-item]
     with pytest.raises(InputError, match="cannot be named messages"):
         found.render([USER], None, {"messages": []})
-    for bad in ({"chat_template": 5}, {"chat_template": [{"name": "default"}]}):
+    with pytest.raises(InputError, match="must be an object"):
+        found.render([USER], None, "enable_thinking")  # type: ignore[arg-type]
+    for bad in ({"chat_template": 5}, {"chat_template": [{"name": "default"}]}, {"chat_template": [{"name": []}]}):
         with pytest.raises(InputError, match="chat_template is not text"):
             chat(save(tmp_path, byte_level(), **bad)).render([USER])
     with pytest.raises(InputError, match="no chat template"):
