@@ -5,13 +5,17 @@ import os
 import secrets
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from duomoe.chat_output import OutputParser
+from duomoe.chat_template import ChatTemplate, Message, chat_stop_strings
 from duomoe.config import EngineConfig
 from duomoe.engine.completion import Chunk, Completion, Metrics
 from duomoe.engine.decode_step import DecodeStep
@@ -41,7 +45,7 @@ from duomoe.models.config import token_ids
 from duomoe.sampling import SamplingParams
 from duomoe.sizes import format_size
 from duomoe.startup import Startup
-from duomoe.tokenizer import TextStream
+from duomoe.text_stream import TextStream
 
 __all__ = ["EMBEDDED_MODEL", "LLM", "Chunk", "Completion", "Metrics"]
 
@@ -60,6 +64,7 @@ class LLM:
 
     Attributes:
         startup: how long the parts of starting have taken.
+        chat_stop: strings that end an answer in a chat, besides its end-of-sequence tokens.
 
     Raises:
         InputError: when the folder cannot be used, or the options cannot be met.
@@ -94,6 +99,7 @@ class LLM:
         also = token_ids(generation.get("eos_token_id"), "generation_config.json")
         self.config = folder.config
         self.eos_token_ids = frozenset(self.config.eos_token_ids) | frozenset(also)
+        self.chat_stop = chat_stop_strings(folder.checkpoint)
         self._folder = folder
         self._limit: weakref.finalize[..., LLM] | None = None
         if self.plan.device == "cuda":
@@ -258,17 +264,30 @@ class LLM:
             for stream in streams:
                 stream.close()
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, salt: bytes = b"") -> Stream:
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        salt: bytes = b"",
+        shown: Sequence[str] = (),
+    ) -> Stream:
         """Begin to continue one prompt, and return at once: its chunks, one for every token, are read by `for`.
 
         Requests that are under way advance together, whoever asked: the tokens of a stream that nobody reads wait in
-        it. Closing the stream, or dropping it, ends the request. `salt` is as for `generate`.
+        it. Closing the stream, or dropping it, ends the request.
+
+        Args:
+            prompt: a string, or token ids.
+            params: None is greedy.
+            salt: as for `generate`.
+            shown: special tokens that are part of the text all the same, as those that an `OutputParser` looks for.
 
         Raises:
             InputError: when the prompt is empty or too long.
             RuntimeError: when the model is closed, or this process was forked from the one that has loaded it.
         """
-        (stream,) = submit_all(self._thread, [self._request(prompt, params or SamplingParams(), salt)])
+        (stream,) = submit_all(self._thread, [self._request(prompt, params or SamplingParams(), salt, shown)])
         return stream
 
     submit = stream  # as one says with asyncio, where it is read by `async for`
@@ -297,19 +316,63 @@ class LLM:
         self._thread.check()
         return self.engine.stats()
 
+    def output_parser(self, prompt: Sequence[int], tools: Sequence[Mapping[str, Any]] | None = None) -> OutputParser:
+        """Return what takes the answer to a chat apart, in the style that the checkpoint's template shows.
+
+        Args:
+            prompt: what `chat_tokens` returned; it may have opened the reasoning already.
+            tools: as given to `chat_tokens`; without them, an answer has no calls.
+        """
+        return self._chat.output_parser(prompt, tools)
+
+    @cached_property
+    def _chat(self) -> ChatTemplate:
+        return ChatTemplate(self._folder.checkpoint, self._folder.need_tokenizer())
+
     def fingerprint(self) -> str:
         """Return what tells this model from any other, a hash of its routers; traces and predictors carry it."""
         return self._folder.fingerprint()
 
-    def chat_tokens(self, message: str) -> list[int]:
-        """Return the prompt for one user message, by the checkpoint's chat template.
+    def chat(
+        self,
+        messages: str | Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Completion:
+        """Answer a conversation; arguments and errors as of `chat_tokens` and `generate`.
+
+        The answer ends at the checkpoint's own stop strings for chats, too (`chat_stop`).
+        """
+        return self.generate(self.chat_tokens(messages, tools, template_kwargs), self.chat_params(params))[0]
+
+    def chat_params(self, params: SamplingParams | None = None) -> SamplingParams:
+        """Return parameters with which an answer in a chat ends at `chat_stop`, too."""
+        given = params or SamplingParams()
+        return replace(given, stop=(*given.stop, *self.chat_stop))
+
+    def chat_tokens(
+        self,
+        messages: str | Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Return the prompt for a conversation, by the checkpoint's chat template.
+
+        Args:
+            messages: each with a role and its content, text or a list of parts of text, as the OpenAI API has them;
+                a single text is a user's message.
+            tools: functions that the model may call, as JSON schemas.
+            template_kwargs: more variables for the template, as `enable_thinking`.
 
         Raises:
-            InputError: when there is no tokenizer or no template.
+            InputError: when a message is not one, or there is no tokenizer or no template, or it fails, uses too much
+                time or memory, or makes a text that is certainly too long.
         """
-        return self._folder.need_tokenizer().encode_chat(message)
+        return self._chat.tokens(messages, tools, template_kwargs, limit=self.max_model_len)
 
-    def _request(self, prompt: Prompt, params: SamplingParams, salt: bytes = b"") -> Request:
+    def _request(self, prompt: Prompt, params: SamplingParams, salt: bytes = b"", shown: Sequence[str] = ()) -> Request:
         if params.stop and self.tokenizer is None:
             raise InputError("--stop needs a tokenizer, and this checkpoint has no tokenizer.json")
         tokens = self._tokens(prompt)
@@ -325,14 +388,17 @@ class LLM:
             prompt_length=len(tokens),
             params=params,
             seed=secrets.randbits(63) if params.seed is None else params.seed,
-            stream=TextStream(self.tokenizer, params.stop, tokens),
+            stream=TextStream(self.tokenizer, params.stop, tokens, shown),
         )
 
     def _tokens(self, prompt: Prompt, room: int = 1) -> list[int]:
         """Return a prompt's token ids, having checked that they fit, with `room` for as many new ones."""
         if not isinstance(prompt, str | list | tuple):
             raise InputError(f"a prompt is a string or a list of token ids, not {type(prompt).__name__}")
-        tokens = self._folder.need_tokenizer().encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if isinstance(prompt, str):
+            tokens = self._folder.need_tokenizer().encode(prompt, limit=self.max_model_len)
+        else:
+            tokens = list(prompt)
         if not tokens:
             raise InputError("the prompt is empty")
         for token in tokens:

@@ -8,7 +8,7 @@ from duomoe.engine.outbox import Outbox
 from duomoe.engine.task import Task
 from duomoe.experts.link import Traffic
 from duomoe.sampling import SamplingParams
-from duomoe.tokenizer import TextStream
+from duomoe.text_stream import TextStream
 
 
 @dataclass(eq=False, kw_only=True)
