@@ -2,7 +2,7 @@
 
 `python -P tests/benchmarks/link_sharing.py` on a GPU prints a table: a demand of one row and of eight, by the kernel
 that decode fetches with or by the copy engine, on an idle link and while the copy engine is busy with rows of a
-prefill, which are cut into pieces. `demand` is from the moment at which the GPU comes to it until it is there.
+prefill. `demand` is from the moment at which the GPU comes to it until it is there.
 """
 
 import statistics
@@ -16,7 +16,7 @@ from duomoe.kernels.fetch import LANES
 from duomoe.memory.pinned import pin, touched
 
 ROW_BYTES = 7_155_968  # an expert of Qwen3-30B-A3B, packed
-ROWS = 256
+ROWS, BACKGROUND_ROWS = 256, 200
 ROUNDS = 15
 
 
@@ -38,11 +38,10 @@ class Link:
         entries = torch.stack((numbers, numbers, torch.zeros_like(numbers)))
         fetch(self.table, self.sizes, ROWS, entries, self.slots, self.progress, self.moved)
 
-    def by_engine(self, first: int, count: int, piece: int = ROW_BYTES) -> None:
-        """Copy rows as prefill does, in pieces of so many bytes."""
+    def by_engine(self, first: int, count: int) -> None:
+        """Copy rows as prefill does."""
         for row, slot in zip(self.rows[first : first + count], self.slots[first : first + count], strict=True):
-            for at in range(0, ROW_BYTES, piece):
-                slot[at : at + piece].copy_(row[at : at + piece], non_blocking=True)
+            slot.copy_(row, non_blocking=True)
 
 
 def timed(stream: torch.cuda.Stream, work: Callable[[], None], delay: int = 0) -> tuple[torch.cuda.Event, ...]:
@@ -57,20 +56,19 @@ def timed(stream: torch.cuda.Stream, work: Callable[[], None], delay: int = 0) -
     return before, behind
 
 
-def together(link: Link, piece: int | None, demand: Callable[[], None] | None, priority: int) -> tuple[float, float]:
+def together(link: Link, busy: bool, demand: Callable[[], None] | None, priority: int) -> tuple[float, float]:
     """Return milliseconds of the demand (0 for none), and the background's GB/s (0 for none)."""
     copies, urgent = torch.cuda.Stream(), torch.cuda.Stream(priority=priority)
     found = []
     for _ in range(ROUNDS):
         torch.cuda.synchronize()
-        background = None
-        if piece is not None:
-            background = timed(copies, lambda piece=piece: link.by_engine(16, 200, piece), delay=5_000_000)
-        asked = timed(urgent, demand, delay=25_000_000 if background else 0) if demand else None
+        background = timed(copies, lambda: link.by_engine(16, BACKGROUND_ROWS), delay=5_000_000) if busy else None
+        asked = timed(urgent, demand, delay=25_000_000 if busy else 0) if demand else None
         torch.cuda.synchronize()
-        rate = 200 * ROW_BYTES / background[0].elapsed_time(background[1]) / 1e6 if background else 0.0
+        rate = BACKGROUND_ROWS * ROW_BYTES / background[0].elapsed_time(background[1]) / 1e6 if background else 0.0
         found.append((asked[0].elapsed_time(asked[1]) if asked else 0.0, rate))
-    return tuple(statistics.median(each) for each in zip(*found, strict=True))  # type: ignore[return-value]
+    waits, rates = zip(*found, strict=True)
+    return statistics.median(waits), statistics.median(rates)
 
 
 def main() -> None:
@@ -83,17 +81,14 @@ def main() -> None:
         demands[f"{count} by kernel"] = (lambda count=count: link.by_kernel(count)), -1
         demands[f"{count} by copy engine"] = (lambda count=count: link.by_engine(0, count)), 0
         demands[f"{count} by copy engine, high priority"] = (lambda count=count: link.by_engine(0, count)), -1
-    pieces: dict[str, int | None] = {"idle": None, "rows": ROW_BYTES, "pieces of 1 MiB": 1 << 20}
-    pieces["pieces of 256 KiB"] = 1 << 18
     print(f"{torch.cuda.get_device_name()}; rows of {ROW_BYTES} bytes, medians of {ROUNDS}\n")
     print("| background | demand | demand, ms | background, GB/s |\n|---|---|---|---|")
-    for way, piece in pieces.items():
+    for busy in (False, True):
         for name, (demand, priority) in demands.items():
-            if demand is None and piece is None:
-                continue
-            together(link, piece, demand, priority)
-            wait, rate = together(link, piece, demand, priority)
-            print(f"| {way} | {name} | {wait:.3f} | {rate:.1f} |", flush=True)
+            if busy or demand is not None:
+                together(link, busy, demand, priority)
+                wait, rate = together(link, busy, demand, priority)
+                print(f"| {'rows' if busy else 'none'} | {name} | {wait:.3f} | {rate:.1f} |", flush=True)
 
 
 if __name__ == "__main__":
