@@ -90,6 +90,14 @@ class Checkpoint:
             raise InputError(f"{file}: expected a JSON object")
         return content
 
+    def usual_dtype(self) -> str:
+        """Return the name of the floating-point type that takes most of the bytes, as config.json spells it."""
+        sizes = dict.fromkeys(STORED_DTYPES, 0)
+        for tensor in self.tensors.values():
+            if tensor.dtype in sizes:
+                sizes[tensor.dtype] += tensor.size
+        return str(STORED_DTYPES[max(sizes, key=sizes.__getitem__)]).removeprefix("torch.")
+
     def warn_of_unused(self, used: Iterable[str]) -> None:
         """Warn (RuntimeWarning) where there are tensors that the model has no use for."""
         unused = sorted(self.tensors.keys() - set(used))

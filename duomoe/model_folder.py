@@ -13,6 +13,7 @@ from duomoe.errors import InputError
 from duomoe.experts.format import ExpertFormat, fp8_format, int4_format, packed_format, plain_format
 from duomoe.experts.stored import StoredMatrices
 from duomoe.models import architecture_of
+from duomoe.models.config import states_dtype
 from duomoe.models.model import dense_tensors, expected_tensors, expert_tensors
 from duomoe.tokenizer import Tokenizer
 
@@ -42,8 +43,11 @@ class ModelFolder:
 
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
         self.checkpoint = Checkpoint(EMBEDDED_MODEL if path is None else path)
-        self.architecture = architecture_of(self.checkpoint.config)
-        self.config = self.architecture.parse(self.checkpoint.config)
+        raw = self.checkpoint.config
+        self.architecture = architecture_of(raw)
+        if not states_dtype(raw):
+            raw = raw | {"dtype": self.checkpoint.usual_dtype()}
+        self.config = self.architecture.parse(raw)
         if "lm_head.weight" in self.checkpoint.tensors:
             # What is stored counts, also where the config says that the head is the embedding.
             self.config = replace(self.config, tie_word_embeddings=False)

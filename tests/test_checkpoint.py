@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from duomoe import LLM, InputError
 from duomoe.checkpoint import PIECE_BYTES, Checkpoint
+from duomoe.model_folder import ModelFolder
 
 
 @pytest.fixture
@@ -150,9 +151,10 @@ GPTQ = dict(quant_method="gptq", bits=4, group_size=128, desc_act=False)
         (dict(intermediate_size=57), ["experts.0.w1.weight", "[56, 48]", "[57, 48]"]),
         (dict(vocab_size=0), ["vocab_size"]),
         (dict(vocab_size=10**30), ["vocab_size", "absurdly"]),
-        (dict(hidden_size=10**9), ["shape", "1000000000"]),
+        (dict(hidden_size=10**5), ["shape", "100000"]),
         (dict(num_hidden_layers=10**6), ["num_hidden_layers"]),
-        (dict(num_local_experts=10**6), ["gate.weight", "[1000000, 48]"]),
+        (dict(num_local_experts=10**4), ["gate.weight", "[10000, 48]"]),
+        (dict(num_local_experts=10**6), ["num_local_experts", "65536"]),
         (dict(model_type=["mixtral"]), ["model_type"]),
         (dict(model_type={}), ["model_type"]),
         (dict(rms_norm_eps=10**400), ["rms_norm_eps"]),
@@ -160,7 +162,7 @@ GPTQ = dict(quant_method="gptq", bits=4, group_size=128, desc_act=False)
         (dict(rope_parameters=dict(rope_type="default", rope_theta=1.0)), ["rope_theta"]),
         (dict(rope_parameters=dict(rope_type="yarn", factor=2.0, mscale="x")), ["mscale"]),
         (dict(rope_parameters=dict(rope_type="yarn", factor=2.0, truncate="no")), ["truncate"]),
-        (dict(rope_parameters=dict(rope_type="llama3", factor=2.0, low_freq_factor=4.0)), ["low_freq_factor"]),
+        (dict(rope_parameters=dict(rope_type="llama3", factor=2.0, low_freq_factor=4.0)), ["high_freq_factor"]),
         (dict(rope_parameters=dict(full_attention=dict(rope_type="default"))), ["rope_parameters"]),
     ],
 )
@@ -309,3 +311,17 @@ def test_the_model_is_never_held_twice(tmp_path: Path) -> None:
     size = (tmp_path / "model.safetensors").stat().st_size
     assert size > 400 << 20
     assert int(done.stdout) < 1.1 * size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_without_a_dtype_in_the_config_it_is_that_of_the_weights(folder: Path, dtype: torch.dtype) -> None:
+    """A norm of another type does not count."""
+    rewrite(folder, lambda tensors: tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()}))
+    rewrite(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(48)}))
+    for change in (dict(dtype=None), dict(dtype=None, torch_dtype=None)):
+        config = json.loads((folder / "config.json").read_text()) | change
+        (folder / "config.json").write_text(json.dumps(config))
+        assert ModelFolder(folder).config.dtype == dtype
+    del config["dtype"], config["torch_dtype"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert ModelFolder(folder).config.dtype == dtype
