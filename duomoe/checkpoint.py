@@ -29,11 +29,21 @@ from duomoe.errors import InputError
 STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 # What quantised checkpoints store besides.
-QUANTISED_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "I32": torch.int32}
+QUANTISED_DTYPES = {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I32": torch.int32,
+    "I8": torch.int8,
+}
 
 # Tensors are read in pieces of this many bytes, so that a bounce buffer stays small whatever the tensor, and a piece is
 # still in a core's cache when it is looked at.
 PIECE_BYTES = 2 << 20
+
+# Tensors that are not needed to run a text model: of other modalities, of drafts of several tokens, what follows from
+# the config, and what quantised checkpoints say of shapes and of activations.
+NEEDLESS_PREFIXES = ("mtp.", "model.mtp.", "visual.", "model.visual.", "vision_tower.", "model.vision_tower.")
+NEEDLESS_SUFFIXES = ("rotary_emb.inv_freq", ".weight_shape", ".input_scale", ".k_scale", ".v_scale", ".act_scale")
 
 MAX_HEADER_BYTES = 100 << 20
 
@@ -101,7 +111,7 @@ class Checkpoint:
     def warn_of_unused(self, used: Iterable[str]) -> None:
         """Warn (RuntimeWarning) where there are tensors that the model has no use for."""
         unused = sorted(self.tensors.keys() - set(used))
-        unused = [name for name in unused if not name.endswith("rotary_emb.inv_freq")]
+        unused = [name for name in unused if not is_needless(name)]
         if unused:
             warn(f"{self.path}: {len(unused)} tensors are not part of the model and were ignored, first {unused[0]}")
 
@@ -209,6 +219,11 @@ class Checkpoint:
             if name not in shards[shard]:
                 raise InputError(f"{self.path}: the index says that {name} is in {shard}, but it is not")
         return {name: shards[shard][name] for name, shard in places.items()}
+
+
+def is_needless(name: str) -> bool:
+    """Return whether a tensor is known to be of no use to the text model that a checkpoint holds."""
+    return name.startswith(NEEDLESS_PREFIXES) or name.endswith(NEEDLESS_SUFFIXES)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

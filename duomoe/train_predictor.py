@@ -103,10 +103,10 @@ def _routers_of(path: str | None) -> tuple["Model", str]:
 
     folder = ModelFolder(path)
     model = Model(folder.architecture, folder.config, torch.device("cpu"), torch.float32, compiled=False)
-    names = set(folder.routers())
+    names = {name for name, _ in folder.routers()}
     for name, view in model.destinations():
         if name in names:
-            folder.checkpoint.read_into(name, view)
+            folder.stored.read_into(name, view)
     return model, folder.fingerprint()
 
 

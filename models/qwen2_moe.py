@@ -12,7 +12,6 @@ from duomoe.models.config import DEFAULTS, ModelConfig, count_layers, parse_conf
 from duomoe.models.config_reader import ConfigReader
 from duomoe.models.weights import QWEN_MLP, Sources, attention_sources, prefixed, qwen_mlp_sources, swiglu_sources
 
-
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 # What absent keys mean, as in transformers' Qwen2MoeConfig.

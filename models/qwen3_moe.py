@@ -8,7 +8,6 @@ from duomoe.models.config import DEFAULTS, ModelConfig, count_layers, parse_conf
 from duomoe.models.config_reader import ConfigReader
 from duomoe.models.weights import QWEN_MLP, Sources, attention_sources, qwen_mlp_sources, swiglu_sources
 
-
 # What absent keys mean, as in transformers' Qwen3MoeConfig.
 QWEN3_DEFAULTS = DEFAULTS | {
     "vocab_size": 151936,
