@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from duomoe.errors import InputError
+from duomoe.model_path import unfinished
 
 # The floating-point types that are read, by their name in a safetensors header.
 STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -43,7 +44,17 @@ PIECE_BYTES = 2 << 20
 # Tensors that are not needed to run a text model: of other modalities, of drafts of several tokens, what follows from
 # the config, and what quantised checkpoints say of shapes and of activations.
 NEEDLESS_PREFIXES = ("mtp.", "model.mtp.", "visual.", "model.visual.", "vision_tower.", "model.vision_tower.")
-NEEDLESS_SUFFIXES = ("rotary_emb.inv_freq", ".weight_shape", ".input_scale", ".k_scale", ".v_scale", ".act_scale")
+NEEDLESS_SUFFIXES = (
+    "rotary_emb.inv_freq",
+    ".weight_shape",
+    ".input_scale",
+    ".k_scale",
+    ".v_scale",
+    "activation_scale",
+)
+
+# What stands in place of a large file where only pointers were cloned.
+LFS_POINTER = b"version https://git-lfs"
 
 MAX_HEADER_BYTES = 100 << 20
 
@@ -93,7 +104,11 @@ class Checkpoint:
         if not file.is_file():
             raise InputError(f"{file}: not a file")
         try:
-            content = json.loads(file.read_text("utf-8-sig"))
+            text = file.read_text("utf-8-sig")
+            _refuse_pointer(file, text[: len(LFS_POINTER)].encode())
+            content = json.loads(text)
+        except InputError:
+            raise
         except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{file}: cannot be read as JSON: {error}") from None
         if not isinstance(content, dict):
@@ -204,21 +219,34 @@ class Checkpoint:
             single = self.path / "model.safetensors"
             if not os.path.isfile(single):
                 hint = "; convert its .bin files to safetensors first" if any(self.path.glob("*.bin")) else ""
-                raise InputError(f"{self.path}: neither model.safetensors nor model.safetensors.index.json{hint}")
+                raise InputError(
+                    f"{self.path}: neither model.safetensors nor model.safetensors.index.json{hint}"
+                    f"{unfinished(self.path)}"
+                )
             return read_header(single)
         places = index.get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
             raise InputError(f"{self.path / 'model.safetensors.index.json'}: weight_map must map tensors to file names")
-        shards: dict[str, dict[str, StoredTensor]] = {}
-        for shard in sorted(set(places.values())):
-            file = self.path / shard
-            if Path(shard).name != shard or not os.path.isfile(file):
-                raise InputError(f"{self.path}: the index names {shard}, but there is no such file in the folder")
-            shards[shard] = read_header(file)
-        for name, shard in places.items():
+        needed = {name: shard for name, shard in places.items() if not is_needless(name)}
+        shards = {shard: read_header(self._shard(shard)) for shard in sorted(set(needed.values()))}
+        for name, shard in needed.items():
             if name not in shards[shard]:
                 raise InputError(f"{self.path}: the index says that {name} is in {shard}, but it is not")
-        return {name: shards[shard][name] for name, shard in places.items()}
+        return {name: shards[shard][name] for name, shard in needed.items()}
+
+    def _shard(self, shard: str) -> Path:
+        """Return the file of the index's name, which lies in the folder or below it."""
+        file = self.path / shard
+        if Path(shard).is_absolute() or ".." in Path(shard).parts or not os.path.isfile(file):
+            raise InputError(
+                f"{self.path}: the index names {shard}, but there is no such file in the folder{unfinished(self.path)}"
+            )
+        return file
+
+
+def _refuse_pointer(path: Path, begin: bytes) -> None:
+    if begin == LFS_POINTER:
+        raise InputError(f"{path}: a Git-LFS pointer, not the file itself; in its folder, run: git lfs pull")
 
 
 def is_needless(name: str) -> bool:
@@ -235,7 +263,10 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
+            begin = file.read(len(LFS_POINTER))
+            _refuse_pointer(path, begin)
+            file.seek(8)
+            length = int.from_bytes(begin[:8], "little")
             if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                 raise InputError(f"{path}: not a safetensors file, or truncated ({size} bytes)")
             header = json.loads(file.read(length))

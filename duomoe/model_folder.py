@@ -13,9 +13,11 @@ from duomoe.errors import InputError
 from duomoe.experts.format import ExpertFormat, fp8_format, int4_format, packed_format, plain_format
 from duomoe.experts.layouts import PLAIN
 from duomoe.experts.stored import StoredMatrices
+from duomoe.model_path import find_model
 from duomoe.models import architecture_of
 from duomoe.models.config import states_dtype
 from duomoe.models.model import dense_tensors, expected_tensors, expert_tensors
+from duomoe.tensor_names import canonical
 from duomoe.tokenizer import Tokenizer
 
 EMBEDDED_MODEL = Path(__file__).parent / "assets"
@@ -30,10 +32,11 @@ class ModelFolder:
     """A folder in Hugging Face layout, of which config.json and the safetensors headers have been read and checked.
 
     Args:
-        path: of the folder; None is the model that comes with this package.
+        path: of the folder, or a name in the hub's cache (model_path.py); None is the model that comes with this
+            package.
 
     Attributes:
-        checkpoint: its files.
+        checkpoint: its files; tensors have the architecture's names (tensor_names.py).
         architecture: the model's family.
         config: the model's shape.
         stored: its weights, whatever they are stored as.
@@ -43,7 +46,7 @@ class ModelFolder:
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
-        self.checkpoint = Checkpoint(EMBEDDED_MODEL if path is None else path)
+        self.checkpoint = Checkpoint(EMBEDDED_MODEL if path is None else find_model(path))
         raw = self.checkpoint.config
         self.architecture = architecture_of(raw)
         if not states_dtype(raw):
@@ -51,6 +54,7 @@ class ModelFolder:
         if raw.get("quantization_config") is None:
             raw = raw | {"quantization_config": self._stated_beside()}
         self.config = self.architecture.parse(raw)
+        self.checkpoint.tensors = canonical(self.checkpoint.tensors, self.architecture, self.config)
         if any(name.startswith("lm_head.") for name in self.checkpoint.tensors):
             # What is stored counts, also where the config says that the head is the embedding.
             self.config = replace(self.config, tie_word_embeddings=False)

@@ -3,15 +3,15 @@
 A matrix that a family's sources call `X.weight` is, by layout,
 
 - plain: `X.weight`, of floats;
-- scaled: `X.weight`, F8_E4M3 or I8, times `X.weight_scale_inv` (DeepSeek's name) or `X.weight_scale`: one number, one for
-  each output, or one for each block [outer blocks, inner blocks];
+- scaled: `X.weight`, F8_E4M3 or I8, times `X.weight_scale_inv` (DeepSeek's name) or `X.weight_scale`: one number,
+  one for each output, or one for each block [outer blocks, inner blocks];
 - awq (AutoAWQ's GEMM layout): `X.qweight` I32 [in, out / 8], `X.qzeros` I32 [groups, out / 8] and `X.scales`
   [groups, out]; an integer holds outputs 0, 2, 4, 6, 1, 3, 5, 7 of eight, from its lowest four bits up;
 - gptq (AutoGPTQ's layout): `X.qweight` I32 [in / 8, out], eight inputs in an integer (four of 8 bits), `X.qzeros` and
   `X.scales` as before, but outputs in order, and `X.g_idx`, each input's group. Zero points are stored less one,
   unless the checkpoint's format is gptq_v2;
-- packed (compressed-tensors): `X.weight_packed` I32 [out, in / 8], `X.weight_scale` [out, groups], and unless they lie in
-  the middle, `X.weight_zero_point` I32 [out / 8, groups].
+- packed (compressed-tensors): `X.weight_packed` I32 [out, in / 8], `X.weight_scale` [out, groups], and unless they lie
+  in the middle, `X.weight_zero_point` I32 [out / 8, groups].
 
 Layers that a checkpoint does not quantise have a plain `X.weight`: what is there decides, not the config's list.
 
