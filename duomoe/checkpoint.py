@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duomoe.errors import InputError
+from duomoe.errors import InputError, one_line
 from duomoe.model_path import unfinished
+from duomoe.models.config_reader import short
 
 # The floating-point types that are read, by their name in a safetensors header.
 STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -57,6 +58,7 @@ NEEDLESS_SUFFIXES = (
 LFS_POINTER = b"version https://git-lfs"
 
 MAX_HEADER_BYTES = 100 << 20
+MAX_DIMENSIONS = 8
 
 
 @dataclass(frozen=True)
@@ -99,11 +101,14 @@ class Checkpoint:
     def read_json(self, name: str) -> dict[str, Any] | None:
         """Return a JSON object from the folder, or None when there is no such file."""
         file = self.path / name
-        if not file.exists() and not file.is_symlink():
+        if not os.path.lexists(file):
             return None
-        if not file.is_file():
-            raise InputError(f"{file}: not a file")
+        if not os.path.isfile(file):
+            link = " but a link to nothing" if not os.path.exists(file) else ""  # noqa: PTH110
+            raise InputError(f"{file}: not a file{link}")
         try:
+            if file.stat().st_size > MAX_HEADER_BYTES:
+                raise InputError(f"{file}: too large to be JSON about a model")
             text = file.read_text("utf-8-sig")
             _refuse_pointer(file, text[: len(LFS_POINTER)].encode())
             content = json.loads(text)
@@ -291,8 +296,10 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 def _stored(path: Path, start: int, entry: dict[str, Any]) -> StoredTensor:
     """Read one tensor's entry in a header; `start` is where the tensors' bytes begin."""
     (begin, end), shape = entry["data_offsets"], tuple(entry["shape"])
-    if any(type(number) is not int or number < 0 for number in (begin, end, *shape)) or end < begin:
-        raise ValueError(f"offsets {begin} to {end} of shape {list(shape)}")
+    if len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"a tensor of {len(shape)} dimensions")
+    if any(type(number) is not int or not 0 <= number < 2**63 for number in (begin, end, *shape)) or end < begin:
+        raise ValueError(f"offsets {short(begin)} to {short(end)} of shape {short(list(shape))}")
     tensor = StoredTensor(path, str(entry["dtype"]), shape, start + begin, end - begin)
     item = (STORED_DTYPES | QUANTISED_DTYPES).get(tensor.dtype)
     if item is not None and tensor.size != math.prod(shape) * item.itemsize:
@@ -351,4 +358,4 @@ def _memory(tensor: Tensor) -> memoryview:
 
 def warn(message: str) -> None:
     """Warn of what is strange about a checkpoint."""
-    warnings.warn(message, RuntimeWarning, stacklevel=3)
+    warnings.warn(one_line(message), RuntimeWarning, stacklevel=3)

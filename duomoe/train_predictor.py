@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from duomoe.command import Parser, progress_is_visible, run_command, say, write
 from duomoe.errors import InputError
+from duomoe.output_file import output_target
 
 if TYPE_CHECKING:
     from duomoe.models import Model
@@ -45,8 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(args: argparse.Namespace) -> None:
     out = Path(args.out)
-    if not out.parent.is_dir():
-        raise InputError(f"--out: {out.parent} is not a folder")
+    output_target(out, "--out")
     if not 1 <= args.rank <= MAX_RANK:
         raise InputError(f"--rank: {args.rank} is not from 1 to {MAX_RANK}")
 

@@ -22,22 +22,16 @@ PROMPT = list(range(0, 200, 9))
 
 def fuse(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Stack the experts of each layer, as transformers 5 holds them."""
-    fused, layers = (
-        {},
-        {name.split(".mlp.")[0].split(".block_sparse_moe.")[0] for name in tensors if ".experts." in name},
-    )
+    fused = {}
+    layers = {name.split(".mlp.")[0].split(".block_sparse_moe.")[0] for name in tensors if ".experts." in name}
     for layer in layers:
-        gates, ups, downs = ([], [], [])
-        for names, found in ((("w1", "gate_proj"), gates), (("w3", "up_proj"), ups), (("w2", "down_proj"), downs)):
-            for expert in range(sum(".experts." in name for name in tensors)):
-                places = [
-                    f"{layer}.{m}.experts.{expert}.{n}.weight" for m in ("mlp", "block_sparse_moe") for n in names
-                ]
-                found += [tensors[place] for place in places if place in tensors]
-        fused[f"{layer}.mlp.experts.gate_up_proj"] = torch.stack(
-            [torch.cat(pair) for pair in zip(gates, ups, strict=True)]
-        )
-        fused[f"{layer}.mlp.experts.down_proj"] = torch.stack(downs)
+        moe = "mlp" if f"{layer}.mlp.experts.0.up_proj.weight" in tensors else "block_sparse_moe"
+        gate, up, down = ("gate_proj", "up_proj", "down_proj") if moe == "mlp" else ("w1", "w3", "w2")
+        count = len({name.split(".experts.")[1].split(".")[0] for name in tensors if f"{layer}.{moe}.experts." in name})
+        experts = [f"{layer}.{moe}.experts.{expert}" for expert in range(count)]
+        stacked = [torch.cat([tensors[f"{each}.{name}.weight"] for name in (gate, up)]) for each in experts]
+        fused[f"{layer}.mlp.experts.gate_up_proj"] = torch.stack(stacked)
+        fused[f"{layer}.mlp.experts.down_proj"] = torch.stack([tensors[f"{each}.{down}.weight"] for each in experts])
     others = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
     return {name.replace("block_sparse_moe", "mlp"): tensor for name, tensor in others.items()} | fused
 
