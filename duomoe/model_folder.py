@@ -123,7 +123,7 @@ class ModelFolder:
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer; None where there is no tokenizer.json."""
-        return Tokenizer(self.checkpoint) if (self.checkpoint.path / "tokenizer.json").exists() else None
+        return Tokenizer(self.checkpoint) if os.path.lexists(self.checkpoint.path / "tokenizer.json") else None
 
     def need_tokenizer(self) -> Tokenizer:
         """Return the tokenizer.

@@ -52,7 +52,7 @@ def _snapshot(folder: Path) -> Path:
             commit = current.read_text("ascii").strip()
             if re.fullmatch(r"[0-9a-zA-Z._-]{1,100}", commit) and os.path.isdir(snapshots / commit):
                 return snapshots / commit
-        found = sorted(each for each in snapshots.iterdir() if each.is_dir())
+        found = sorted(each for each in snapshots.iterdir() if os.path.isdir(each))
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: cannot be read: {error}") from None
     if len(found) != 1:

@@ -22,5 +22,7 @@ def read_text(path: Path) -> str:
         return content.decode("utf-8")
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
-    except UnicodeError:
+    except UnicodeDecodeError:
         raise InputError(f"{path}: not UTF-8 text") from None
+    except ValueError:
+        raise InputError(f"{path}: no file has such a name") from None

@@ -11,14 +11,14 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from duomoe import InputError, generate, plan, train_predictor
-from duomoe import trace as trace_command
+from duomoe import InputError, generate, plan, trace, train_predictor
 from duomoe.checkpoint import Checkpoint, read_header
 from duomoe.config import EngineConfig
 from duomoe.errors import LONGEST_MESSAGE
@@ -255,9 +255,9 @@ def test_traces(small: Model, tmp_path: Path, long: bool) -> None:
 
     def case(draw: random.Random) -> None:
         spoil(draw, tensors, metadata, tmp_path / "trace")
-        trace = Trace.load(tmp_path / "trace", "abc")
-        training.check(trace, small, needs_hidden=draw.random() < 0.5)
-        training.split(trace)
+        found = Trace.load(tmp_path / "trace", "abc")
+        training.check(found, small, needs_hidden=draw.random() < 0.5)
+        training.split(found)
 
     run("trace", 250, long, case)
 
@@ -277,11 +277,6 @@ def test_predictors(small: Model, tmp_path: Path, long: bool) -> None:
     run("predictor", 250, long, case)
 
 
-FLAGS = (
-    *("--model", "--device", "--dtype", "--expert-dtype", "--policy", "--gpu-memory", "--expert-memory", "--out"),
-    *("--max-model-len", "--max-batch", "--predictor", "--link-bandwidth", "--link-latency", "--compile", "--trace"),
-    *("--prompts", "--kind", "--rank", "--held-out", "--prompt-file", "--json", "--no-graph", "--nonsense"),
-)
 WORDS = (
     *("", "0", "-1", "1", "8", "64", "9" * 5000, "1e9", "nan", "1GiB", "15%", "0%", "cpu", "auto", "float32", "plain"),
     *("duo", "lru", "resident", "int4", "gate", "none", "\x1b[31m", "\udcff", "a\0b", "/" * 5000, "x" * 5000, "a/b"),
@@ -291,23 +286,26 @@ WORDS = (
 
 def test_command_lines(folders: list[Path], tmp_path: Path, long: bool, capsys: pytest.CaptureFixture[str]) -> None:
     """Of all commands; those that would compute for long are given something that they refuse."""
-    commands = {
-        plan.main: [],
-        trace_command.main: ["--prompts", str(tmp_path / "none"), "--out", str(tmp_path / "out")],
-        train_predictor.main: ["--trace", str(tmp_path / "none"), "--kind", "gate", "--out", str(tmp_path / "out")],
-        generate.main: ["--prompt", "x" * 9, "--stop", "", "--max-new-tokens", "0"],
+    commands: dict[ModuleType, list[str]] = {
+        plan: [],
+        trace: ["--prompts", str(tmp_path / "none"), "--out", str(tmp_path / "out")],
+        train_predictor: ["--trace", str(tmp_path / "none"), "--kind", "gate", "--out", str(tmp_path / "out")],
+        generate: ["--prompt", "x" * 9, "--stop", "", "--max-new-tokens", "0"],
     }
+    flags = {each: [*each.parser()._option_string_actions, "--nonsense"] for each in commands}
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     words = [*WORDS, str(tmp_path), str(tmp_path / "loop"), *map(str, folders)]
 
     def case(draw: random.Random) -> None:
-        command = draw.choice([plan.main, *commands])
-        args = ["--device", "cpu", "--model", str(folders[0]), *commands[command]]
-        args = args[2:] if command is train_predictor.main else args
-        for _ in range(draw.choice((0, 1, 1, 2, 3))):
-            args.append(draw.choice(FLAGS))
-            args += [draw.choice(words)] if draw.random() < 0.95 else []
-        code = command(args)
+        command = draw.choice([plan, plan, *commands])
+        args = ["--model", str(folders[0]), *commands[command]]
+        args += [] if command is train_predictor else ["--device", "cpu"]
+        for _ in range(draw.choice((0, 1, 1, 2))):
+            flag = draw.choice(flags[command])
+            if flag not in ("-h", "--help"):
+                args.append(flag)
+                args += [draw.choice(words)] if draw.random() < 0.95 else []
+        code = command.main(args)
         err = capsys.readouterr().err
         assert code in (0, 2) and "Traceback" not in err, (args, err)
         if code == 2:
@@ -315,4 +313,4 @@ def test_command_lines(folders: list[Path], tmp_path: Path, long: bool, capsys: 
             assert last.startswith("duomoe: error: "), (args, err)
             raise InputError(last)
 
-    run("command", 300, long, case)
+    run("command", 500, long, case)
