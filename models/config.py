@@ -222,10 +222,13 @@ def _parse_rope(config: ConfigReader, head_dim: int) -> RopeConfig:
     if not isinstance(found, Mapping) or any(isinstance(value, Mapping) for value in found.values()):
         raise config.unusable("rope_parameters", found, "one flat object")
     max_position = config.count("max_position_embeddings")
-    outer = {key: config.raw[key] for key in ("rope_theta", "partial_rotary_factor") if key in config.raw}
-    read = ConfigReader(
-        found, {**ROPE_DEFAULTS, "rope_theta": config.defaults["rope_theta"], **outer}, "config.json: rope_parameters"
-    )
+    # What these do not say may stand beside them.
+    beside = {key: config.raw[key] for key in ("rope_theta", "partial_rotary_factor") if key in config.raw}
+    defaults = ROPE_DEFAULTS | {
+        "rope_theta": config.defaults["rope_theta"],
+        "original_max_position_embeddings": max_position,
+    }
+    read = ConfigReader(found, defaults | beside, "config.json: rope_parameters")
     kind = read.choice("rope_type", "type", of=ROPE_KINDS)
     # transformers 5 ignores it for the default kind, and old versions applied it; nobody can have meant both.
     if read.value("partial_rotary_factor") not in (None, 1):
@@ -237,9 +240,8 @@ def _parse_rope(config: ConfigReader, head_dim: int) -> RopeConfig:
     if kind in ("linear", "dynamic"):
         return replace(rope, factor=read.number("factor", *STRETCH))
     # At the top level it takes precedence.
-    outer = config if "original_max_position_embeddings" in config.raw else read
-    read.defaults = {**read.defaults, "original_max_position_embeddings": max_position}
-    rope = replace(rope, original_max_position=outer.count("original_max_position_embeddings"))
+    stated = config if "original_max_position_embeddings" in config.raw else read
+    rope = replace(rope, original_max_position=stated.count("original_max_position_embeddings"))
     return _parse_yarn(read, rope) if kind == "yarn" else _parse_llama3(read, rope)
 
 

@@ -238,9 +238,13 @@ def _scaled(name: str, shape: Shape, quantization: Quantization, found: Mapping[
     dtype = found[name].dtype if name in found and found[name].dtype == "I8" else "F8_E4M3"
     whole = all(size % FP8_BLOCK == 0 or size >= total for size, total in zip(block, shape, strict=True))
     if whole:  # in whole blocks of 128, of which the last may be shorter
-        block = tuple(-(-size // FP8_BLOCK) * FP8_BLOCK for size in block)
+        block = _whole_blocks(block[0]), _whole_blocks(block[1])
     parts = {name: (shape, (dtype,)), scale: (expected, SCALES)}
     return ScaledLayout(name, shape, parts, Form("fp8") if whole and dtype != "I8" else PLAIN, block)
+
+
+def _whole_blocks(size: int) -> int:
+    return -(-size // FP8_BLOCK) * FP8_BLOCK
 
 
 def _integer(name: str, shape: Shape, quantization: Quantization, found: Mapping[str, StoredTensor]) -> Layout:

@@ -5,7 +5,8 @@ equal. It is compared with the file's header before any tensor is read.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ class FileSchema:
         Raises:
             InputError: when it cannot be read, or is of another kind.
         """
-        with _Opened(path, self) as file:
+        with _opened(path, self) as file:
             found: dict[str, str] = file.metadata() or {}
         if found.get("format") != self.format:
             raise InputError(f"{path}: not {self.kind}; {self.remedy}")
@@ -71,7 +72,7 @@ class FileSchema:
             InputError: when it cannot be read, or its header says something else.
         """
         known = dict(sizes)
-        with _Opened(path, self) as file:
+        with _opened(path, self) as file:
             names = [name for name in tensors if tensors[name].required or name in file.keys()]  # noqa: SIM118
             for name in names:
                 self._check(path, file, name, tensors[name], known)
@@ -95,30 +96,16 @@ class FileSchema:
         return InputError(f"{path}: damaged, or {self.kind} of another model: {problem}; {self.remedy}")
 
 
-class _Opened:
-    """A safetensors file, open for reading; what goes wrong is an InputError."""
-
-    def __init__(self, path: Path, schema: FileSchema) -> None:
-        self._path, self._schema = path, schema
-
-    def __enter__(self) -> Any:
-        try:
-            if not os.path.isfile(self._path):
-                raise InputError(
-                    f"{self._path}: cannot be read as {self._schema.kind}: no such file, or not a regular one"
-                )
-            self._file = safe_open(self._path, "pt")
-            return self._file.__enter__()
-        except (OSError, ValueError, SafetensorError) as error:
-            raise error if isinstance(error, InputError) else self._unreadable(error) from None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._file.__exit__(kind, error, trace)
-        if isinstance(error, OSError | SafetensorError):
-            raise self._unreadable(error) from None
-
-    def _unreadable(self, error: Exception) -> InputError:
-        return InputError(f"{self._path}: cannot be read as {self._schema.kind}: {error}")
+@contextmanager
+def _opened(path: Path, schema: FileSchema) -> Iterator[Any]:
+    """Open a safetensors file for reading; what goes wrong is an InputError."""
+    try:
+        if not os.path.isfile(path):
+            raise InputError(f"{path}: cannot be read as {schema.kind}: no such regular file")
+        with safe_open(path, "pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be read as {schema.kind}: {error}") from None
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:

@@ -12,7 +12,7 @@ from compressed_tensors.entrypoints.convert.converters import AutoAWQConverter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from stored_cases import Stored, awq, fp8, generator, gptq, plain
+from stored_cases import Stored, awq, fp8, generator, gptq, pack_quantized, plain, scaled
 from torch import Tensor
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
@@ -113,6 +113,22 @@ CASES = {
 MADE_ON_A_GPU = CASES | {
     "quantised to fp8": (None, plain, fp8_format),
     "quantised to int4": (None, plain, lambda *shape: int4_format(*shape, 128, torch.float16)),
+    "compressed-tensors": (
+        Quantization("packed", 4, (1, 0), symmetric=False),
+        lambda *args: pack_quantized(*args, symmetric=False, group=0),
+        lambda *shape: int4_format(*shape, 128, torch.bfloat16),
+    ),
+    "fp8 of one scale": (Quantization("scaled"), lambda *args: scaled(*args, scale_shape="one"), fp8_format),
+    "fp8 per channel packed": (
+        Quantization("scaled", block=(1, 0)),
+        lambda *args: scaled(*args, block=(1, 0), scale_dtype=torch.bfloat16),
+        packed_format,
+    ),
+    "gptq of 8 bits made plain": (
+        Quantization("gptq", 8, (1, 32), 1),
+        lambda *args: gptq(*args, group=32, bits=8),
+        lambda *shape: plain_format(*shape, torch.bfloat16),
+    ),
 }
 
 
