@@ -138,9 +138,9 @@ def parse_config(
     head_dim = read.optional_count("head_dim") or max(hidden // heads, 1)
     if heads % kv_heads:
         raise InputError(f"config.json: {heads} attention heads cannot share {kv_heads} key-value heads evenly")
-    if head_dim % 2 or not 4 <= head_dim <= MAX_HEAD_DIM:
+    if head_dim % 2 or head_dim > MAX_HEAD_DIM:
         raise InputError(
-            f"config.json: head_dim must be even for rotary embedding, and from 4 to {MAX_HEAD_DIM}, found {head_dim}"
+            f"config.json: head_dim must be even for rotary embedding, and at most {MAX_HEAD_DIM}, found {head_dim}"
         )
     experts = read.count(*expert_keys, high=MAX_EXPERTS)
     top_k = read.count("num_experts_per_tok")
@@ -237,6 +237,8 @@ def _parse_rope(config: ConfigReader, head_dim: int) -> RopeConfig:
     rope = RopeConfig(kind, theta, head_dim, max_position)
     if kind == "default":
         return rope
+    if kind == "dynamic" and head_dim == 2:
+        raise InputError("config.json: RoPE of type dynamic needs a head_dim of more than 2")
     if kind in ("linear", "dynamic"):
         return replace(rope, factor=read.number("factor", *STRETCH))
     # At the top level it takes precedence.

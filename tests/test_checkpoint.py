@@ -264,7 +264,8 @@ def test_a_missing_tensor(folder: Path) -> None:
     fails(folder, "model.layers.1.block_sparse_moe.experts.5.w2.weight")
 
 
-def test_the_model_is_never_held_twice(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_model_is_never_held_twice(fused: bool, tmp_path: Path) -> None:
     """Peak memory while loading stays within 10 % of the checkpoint, above what the process had before."""
     experts, hidden, inner = 8, 512, 2048
     config = dict(
@@ -292,7 +293,10 @@ def test_the_model_is_never_held_twice(tmp_path: Path) -> None:
         for name in "qkvo":
             tensors[f"{prefix}.self_attn.{name}_proj.weight"] = (hidden, hidden)
         tensors[f"{prefix}.block_sparse_moe.gate.weight"] = (experts, hidden)
-        for expert in range(experts):
+        if fused:
+            tensors[f"{prefix}.mlp.experts.gate_up_proj"] = (experts, 2 * inner, hidden)
+            tensors[f"{prefix}.mlp.experts.down_proj"] = (experts, hidden, inner)
+        for expert in range(0 if fused else experts):
             for name, shape in (("w1", (inner, hidden)), ("w3", (inner, hidden)), ("w2", (hidden, inner))):
                 tensors[f"{prefix}.block_sparse_moe.experts.{expert}.{name}.weight"] = shape
     save_file({name: torch.rand(shape) for name, shape in tensors.items()}, tmp_path / "model.safetensors")
