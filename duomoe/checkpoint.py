@@ -89,9 +89,12 @@ class Checkpoint:
         self.path = Path(path)
         if not os.path.isdir(self.path):
             raise InputError(f"{self.path}: no such folder; a model is a folder with config.json and safetensors files")
+        if not os.access(self.path, os.R_OK | os.X_OK):
+            raise InputError(f"{self.path}: a folder without permission to read it")
         config = self.read_json("config.json")
         if config is None:
-            raise InputError(f"{self.path}: no config.json; a model is a folder in Hugging Face layout")
+            hint = unfinished(self.path)
+            raise InputError(f"{self.path}: no config.json; a model is a folder in Hugging Face layout{hint}")
         self.config = config
         self.tensors = self._find_tensors()
         self.reading_seconds = 0.0

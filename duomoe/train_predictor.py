@@ -22,7 +22,11 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m duomoe.train_predictor",
         description="Train a predictor of experts on a trace (python -m duomoe.trace), and print how good it is.",
     )
-    p.add_argument("--model", metavar="DIR", help="a folder in Hugging Face layout (default: the embedded model)")
+    p.add_argument(
+        "--model",
+        metavar="DIR",
+        help="a folder in Hugging Face layout, or owner/name in the hub's cache (default: the embedded model)",
+    )
     p.add_argument("--trace", metavar="TRACE", required=True, help="what to train on")
     p.add_argument("--held-out", metavar="TRACE", help="what to measure on (default: every fifth prompt of --trace)")
     p.add_argument(

@@ -209,7 +209,6 @@ def fill(
         Where it is quantised by that, float64 [2]: the square of what it has lost, and of what it was; else None.
     """
     matrix = stored.matrix(place.source, place.shape, parts, require)
-    require(matrix.finite(), NotFinite(place.source))
 
     def require_of_source(holds: Tensor, problem: Exception) -> None:
         named = InputError(f"{stored.checkpoint.path}: {place.source} {problem}")
@@ -217,6 +216,8 @@ def fill(
 
     views = {name: view[0] for name, view in expert_format.views(row[None]).items()}
     converted = expert_format.write(matrix, views, place.name, place.index, place.count, require_of_source)
+    # A plain row may have no room for what is finite elsewhere.
+    require((converted if isinstance(converted, PlainMatrix) else matrix).finite(), NotFinite(place.source))
     if converted is matrix or isinstance(converted, PlainMatrix | PackedMatrix):
         return None
     values = matrix.values()

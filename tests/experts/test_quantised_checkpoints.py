@@ -233,3 +233,17 @@ def test_quantised_weights_that_are_not_finite_are_warned_about(
         save_file(tensors | broken, folder / "model.safetensors")
         with pytest.warns(RuntimeWarning, match=rf"{name}\.weight holds NaN or infinity"):
             LLM(folder, device="cpu")
+
+
+def test_quantised_values_that_overflow_a_plain_row_are_warned_about(
+    quantised: Callable[[str, str], Made], tmp_path: Path
+) -> None:
+    shutil.copytree(quantised("mixtral", "awq")[0], folder := tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.block_sparse_moe.experts.3.w2"
+    save_file(
+        tensors | {f"{name}.scales": torch.full_like(tensors[f"{name}.scales"], 3e4)}, folder / "model.safetensors"
+    )
+    with pytest.warns(RuntimeWarning, match=rf"{name}\.weight holds NaN or infinity"):
+        LLM(folder, device="cpu", dtype="float16", expert_dtype="plain")
+    LLM(folder, device="cpu", dtype="float16")
