@@ -28,6 +28,7 @@ class Quantization:
         layout: what their tensors are called, and how they lie: 'scaled' (a number of 8 bits for each value), 'awq',
             'gptq' or 'packed' (compressed-tensors' integers).
         bits: of an integer.
+        dtype: 'scaled': of the numbers, as safetensors headers spell it.
         block: outputs and inputs that share a scale; 0 inputs are all of them. None where each matrix has one scale.
         zero_offset: what is to be added to a stored zero point; GPTQ's first version stores one less.
         symmetric: whether zero points are said to lie in the middle; None where nothing is said.
@@ -36,6 +37,7 @@ class Quantization:
 
     layout: str
     bits: int = 8
+    dtype: str = "F8_E4M3"
     block: tuple[int, int] | None = None
     zero_offset: int = 0
     symmetric: bool | None = None
@@ -105,7 +107,7 @@ def _parse_awq(read: ConfigReader) -> Quantization:
         raise read.unusable("bits", read.value("bits", "w_bit"), "4")
     _choose(read, "version" if "version" in read.raw else "format", "gemm", None)
     symmetric = not read.flag("zero_point")
-    return Quantization("awq", 4, (1, _group(read, "group_size", "q_group_size")), symmetric=symmetric)
+    return Quantization("awq", 4, block=(1, _group(read, "group_size", "q_group_size")), symmetric=symmetric)
 
 
 def _parse_gptq(read: ConfigReader) -> Quantization:
@@ -125,7 +127,8 @@ def _parse_gptq(read: ConfigReader) -> Quantization:
         raise read.unusable("checkpoint_format", version, "gptq or gptq_v2")
     symmetric = None if read.value("sym") is None else read.flag("sym")
     offset = 0 if version == "gptq_v2" else 1
-    return Quantization("gptq", bits, (1, _group(read, "group_size")), offset, symmetric)
+    block = 1, _group(read, "group_size")
+    return Quantization("gptq", bits, block=block, zero_offset=offset, symmetric=symmetric)
 
 
 def _parse_compressed(read: ConfigReader) -> Quantization:
@@ -163,11 +166,11 @@ def _parse_group(outer: ConfigReader, name: str, group: Mapping[str, Any]) -> Qu
             block = _block(read, read.value("block_structure"))
     dynamic = isinstance(inputs, Mapping) and inputs.get("dynamic") is True
     if form == "pack-quantized" and kind == "int" and bits in (4, 8) and block is not None and block[0] == 1:
-        return Quantization("packed", bits, block, symmetric=read.flag("symmetric"))
+        return Quantization("packed", bits, block=block, symmetric=read.flag("symmetric"))
     if form in ("float-quantized", "naive-quantized") and kind == "float" and bits == 8:
-        return Quantization("scaled", 8, block, dynamic_activations=dynamic)
+        return Quantization("scaled", block=block, dynamic_activations=dynamic)
     if form in ("int-quantized", "naive-quantized") and kind == "int" and bits == 8 and read.flag("symmetric"):
-        return Quantization("scaled", 8, block)
+        return Quantization("scaled", dtype="I8", block=block)
     raise InputError(
         f"{where}: {bits} bits of type {kind} in the format {short(form)} are not supported; supported: pack-quantized "
         f"(int, 4 or 8 bits), float-quantized and symmetric int-quantized (8 bits)"

@@ -235,12 +235,12 @@ def _scaled(name: str, shape: Shape, quantization: Quantization, found: Mapping[
             block, expected = (outer, inner), stored
         elif stored in ((outer,), (outer, 1)) and stored != expected:
             block, expected = (1, inner), stored
-    dtype = found[name].dtype if name in found and found[name].dtype == "I8" else "F8_E4M3"
     whole = all(size % FP8_BLOCK == 0 or size >= total for size, total in zip(block, shape, strict=True))
     if whole:  # in whole blocks of 128, of which the last may be shorter
         block = _whole_blocks(block[0]), _whole_blocks(block[1])
-    parts = {name: (shape, (dtype,)), scale: (expected, SCALES)}
-    return ScaledLayout(name, shape, parts, Form("fp8") if whole and dtype != "I8" else PLAIN, block)
+    parts = {name: (shape, (quantization.dtype,)), scale: (expected, SCALES)}
+    form = Form("fp8") if whole and quantization.dtype == "F8_E4M3" else PLAIN
+    return ScaledLayout(name, shape, parts, form, block)
 
 
 def _whole_blocks(size: int) -> int:

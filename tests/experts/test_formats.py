@@ -114,7 +114,7 @@ MADE_ON_A_GPU = CASES | {
     "quantised to fp8": (None, plain, fp8_format),
     "quantised to int4": (None, plain, lambda *shape: int4_format(*shape, 128, torch.float16)),
     "compressed-tensors": (
-        Quantization("packed", 4, (1, 0), symmetric=False),
+        Quantization("packed", 4, block=(1, 0), symmetric=False),
         lambda *args: pack_quantized(*args, symmetric=False, group=0),
         lambda *shape: int4_format(*shape, 128, torch.bfloat16),
     ),
@@ -125,7 +125,7 @@ MADE_ON_A_GPU = CASES | {
         packed_format,
     ),
     "gptq of 8 bits made plain": (
-        Quantization("gptq", 8, (1, 32), 1),
+        Quantization("gptq", 8, block=(1, 32), zero_offset=1),
         lambda *args: gptq(*args, group=32, bits=8),
         lambda *shape: plain_format(*shape, torch.bfloat16),
     ),

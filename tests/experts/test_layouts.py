@@ -15,6 +15,7 @@ from stored_cases import awq, gptq, pack_quantized, scaled
 from torch import Tensor
 
 from duomoe import LLM, InputError, train_predictor
+from duomoe.experts.policies import BOUNDED
 from duomoe.model_folder import ModelFolder
 
 HIDDEN, INTERMEDIATE = 160, 72  # parts of blocks and groups everywhere
@@ -119,6 +120,10 @@ CASES: dict[str, tuple[Draw, dict[str, Any], str]] = {
 }
 
 
+# One for each layout and what it becomes.
+UNDER_ALL_POLICIES = ("W4A16, zero points", "W8A16, per channel", "fp8 of one scale", "gptq, symmetric", "awq, nulls")
+
+
 def is_linear(name: str) -> bool:
     return ".experts." in name or "self_attn.q_proj.weight" in name or "self_attn.o_proj.weight" in name
 
@@ -150,10 +155,11 @@ def logits_of_transformers(folder: Path, prompt: list[int]) -> Tensor:
 
 
 def sizes_of(family: str) -> dict[str, int]:
-    sizes = {"intermediate_size" if family == "mixtral" else "moe_intermediate_size": INTERMEDIATE}
-    return dict(hidden_size=HIDDEN, num_hidden_layers=2, vocab_size=208) | sizes
+    intermediate, experts = ("intermediate_size", "num_local_experts") if family == "mixtral" else QWEN_KEYS
+    return dict(hidden_size=HIDDEN, num_hidden_layers=2, vocab_size=208) | {intermediate: INTERMEDIATE, experts: 4}
 
 
+QWEN_KEYS = ("moe_intermediate_size", "num_experts")
 FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe"]
 
 
@@ -168,8 +174,9 @@ def test_logits_are_those_of_transformers(family: str, case: str, tiny: Callable
     assert whole.plan.expert_format.name == form
     assert not any(whole.quantisation_errors)
     torch.testing.assert_close(whole.logits(prompt), expected, atol=1e-4, rtol=0)
-    bounded = LLM(folder, device="cpu", policy="duo", expert_memory="30%")
-    assert torch.equal(bounded.logits(prompt), whole.logits(prompt))
+    for policy in BOUNDED if family == "mixtral" and case in UNDER_ALL_POLICIES else ["duo"]:
+        bounded = LLM(folder, device="cpu", policy=policy, expert_memory="30%")
+        assert torch.equal(bounded.logits(prompt), whole.logits(prompt))
 
 
 @pytest.mark.parametrize("tied", [False, True])
