@@ -1,6 +1,7 @@
 """Loading: what is read is what was stored, and every broken folder is named in one line."""
 
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -16,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from duomoe import LLM, InputError
 from duomoe.checkpoint import PIECE_BYTES, Checkpoint
 from duomoe.model_folder import ModelFolder
+from duomoe.models import architecture_of
+from duomoe.models.config import MAX_LAYERS
 
 
 @pytest.fixture
@@ -328,3 +331,40 @@ def test_without_a_dtype_in_the_config_it_is_that_of_the_weights(folder: Path, d
     del config["dtype"], config["torch_dtype"]
     (folder / "config.json").write_text(json.dumps(config))
     assert ModelFolder(folder).config.dtype == dtype
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "generation_config.json"])
+@pytest.mark.parametrize("kind", ["fifo", "folder", "dangling", "loop"])
+def test_special_files_are_not_read(file: str, kind: str, folder: Path) -> None:
+    """A FIFO that nobody writes to would be waited for."""
+    (folder / file).unlink(missing_ok=True)
+    if kind == "fifo":
+        os.mkfifo(folder / file)
+    elif kind == "folder":
+        (folder / file).mkdir()
+    else:
+        (folder / file).symlink_to(folder / (file if kind == "loop" else "nowhere"))
+    fails(folder, file)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "\ud800", "/dev/null", ""])
+def test_names_that_no_folder_has(name: str) -> None:
+    fails(Path(name) if name else Path("/no\x1b[31mwhere"), "no such folder")
+
+
+def test_complaints_are_one_line_of_printable_characters_no_longer_than_a_screen(folder: Path) -> None:
+    index = {"weight_map": {"lm_head.weight": "\x1b[2J\x07" + "x" * 100_000}}
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError) as caught:
+        LLM(folder, device="cpu")
+    message = str(caught.value)
+    assert message.isprintable() and "\\x1b[2J\\x07" in message and len(message) < 2000
+
+
+def test_a_million_layers_that_are_dense(folder: Path) -> None:
+    """Each layer is looked up, not searched for."""
+    raw = json.loads((folder / "config.json").read_text())
+    raw |= dict(model_type="qwen3_moe", moe_intermediate_size=8, num_hidden_layers=MAX_LAYERS)
+    raw |= dict(mlp_only_layers=list(range(1, 10**6)))
+    assert architecture_of(raw).parse(raw).moe_layers == (0,)
