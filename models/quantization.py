@@ -32,6 +32,7 @@ class Quantization:
         block: outputs and inputs that share a scale; 0 inputs are all of them. None where each matrix has one scale.
         zero_offset: what is to be added to a stored zero point; GPTQ's first version stores one less.
         symmetric: whether zero points are said to lie in the middle; None where nothing is said.
+        reorders: GPTQ: inputs may have been quantised in another order, so that each says which group it belongs to.
         dynamic_activations: fp8: activations are to be multiplied in fp8, too, scaled as they come.
     """
 
@@ -41,6 +42,7 @@ class Quantization:
     block: tuple[int, int] | None = None
     zero_offset: int = 0
     symmetric: bool | None = None
+    reorders: bool = False
     dynamic_activations: bool = False
 
 
@@ -82,6 +84,7 @@ DEFAULTS: dict[str, Any] = {
     "group_size": 128,
     "zero_point": True,
     "sym": None,
+    "desc_act": False,
     "symmetric": True,
     "is_marlin_format": False,
     "pack_dtype": "int32",
@@ -128,7 +131,8 @@ def _parse_gptq(read: ConfigReader) -> Quantization:
     symmetric = None if read.value("sym") is None else read.flag("sym")
     offset = 0 if version == "gptq_v2" else 1
     block = 1, _group(read, "group_size")
-    return Quantization("gptq", bits, block=block, zero_offset=offset, symmetric=symmetric)
+    reorders = read.flag("desc_act")
+    return Quantization("gptq", bits, block=block, zero_offset=offset, symmetric=symmetric, reorders=reorders)
 
 
 def _parse_compressed(read: ConfigReader) -> Quantization:

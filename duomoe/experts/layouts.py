@@ -16,12 +16,12 @@ A matrix that a family's sources call `X.weight` is, by layout,
 Layers that a checkpoint does not quantise have a plain `X.weight`: what is there decides, not the config's list.
 
 What a row can hold as it is stays so (`Layout.form`): fp8 whose scales are those of whole blocks of 128 by 128, and 4
-bits in groups of whole 64 inputs. All else becomes its values.
+bits in groups of whole 64 inputs, in order. All else becomes its values.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -116,10 +116,18 @@ class IntegerLayout(Layout):
         """See `Layout.matrix`."""
         (outer, inner), group = self.shape, self.group
         numbers, scales, zeros, group_of = self.unpacked(parts)
+        if group_of is not None and self.quantization.reorders and self.form == PLAIN:
+            groups = scales.shape[1]
+            problem = InputError(f"{self.name} has inputs in groups that there are not (g_idx)")
+            require(((group_of >= 0) & (group_of < groups)).all(), problem)
+            each = group_of.clamp(0, groups - 1)
+            return PlainMatrix((numbers.float() - zeros.float()[:, each]) * scales.float()[:, each])
         if group_of is not None:
             in_order = (group_of == torch.arange(inner, device=group_of.device) // group).all()
-            problem = f"{self.name} is quantised in another order (desc_act), which is not supported"
-            require(in_order, InputError(problem))
+            problem = InputError(
+                f"{self.name} is quantised in another order, though config.json says nothing of desc_act"
+            )
+            require(in_order, problem)
         if self.form.name == "int4":
             each = self.form.group
             groups = -(-inner // each)
@@ -201,7 +209,13 @@ def _spread(values: Tensor, tall: int, wide: int, outer: int, inner: int) -> Ten
     return values[:outer, :inner]
 
 
-def layout_of(name: str, shape: Shape, quantization: Quantization | None, found: Mapping[str, StoredTensor]) -> Layout:
+def layout_of(
+    name: str,
+    shape: Shape,
+    quantization: Quantization | None,
+    found: Mapping[str, StoredTensor],
+    in_order: Callable[[str, int], bool],
+) -> Layout:
     """Return how a parameter is stored, or should be where its tensors are not there.
 
     Args:
@@ -209,6 +223,7 @@ def layout_of(name: str, shape: Shape, quantization: Quantization | None, found:
         shape: of it.
         quantization: of the checkpoint.
         found: the checkpoint's tensors.
+        in_order: is asked of a tensor's name and a size of groups whether each group's inputs are adjacent.
 
     Raises:
         InputError: when its shape cannot be stored so.
@@ -218,7 +233,13 @@ def layout_of(name: str, shape: Shape, quantization: Quantization | None, found:
         return plain
     if quantization.layout == "scaled":
         return _scaled(name, shape, quantization, found)
-    return plain if name in found else _integer(name, shape, quantization, found)
+    if name in found:
+        return plain
+    layout = _integer(name, shape, quantization, found)
+    order = f"{name.removesuffix('weight')}g_idx"
+    if quantization.reorders and layout.form != PLAIN and order in found and not in_order(order, layout.group):
+        return replace(layout, form=PLAIN)
+    return layout
 
 
 def _scaled(name: str, shape: Shape, quantization: Quantization, found: Mapping[str, StoredTensor]) -> Layout:
@@ -247,7 +268,7 @@ def _whole_blocks(size: int) -> int:
     return -(-size // FP8_BLOCK) * FP8_BLOCK
 
 
-def _integer(name: str, shape: Shape, quantization: Quantization, found: Mapping[str, StoredTensor]) -> Layout:
+def _integer(name: str, shape: Shape, quantization: Quantization, found: Mapping[str, StoredTensor]) -> IntegerLayout:
     outer, inner = shape
     prefix, bits = name.removesuffix("weight"), quantization.bits
     assert quantization.block is not None, "integers have a scale for each output"

@@ -56,6 +56,7 @@ class StoredMatrices:
     def __init__(self, checkpoint: Checkpoint, quantization: Quantization | None) -> None:
         self.checkpoint = checkpoint
         self.quantization = quantization
+        self._in_order: dict[str, bool] = {}
 
     def layout(self, name: str, shape: Shape) -> Layout:
         """Return how a parameter `name` (X.weight) of a shape is stored.
@@ -64,9 +65,19 @@ class StoredMatrices:
             InputError: when it cannot be stored so.
         """
         try:
-            return layout_of(name, shape, self.quantization, self.checkpoint.tensors)
+            return layout_of(name, shape, self.quantization, self.checkpoint.tensors, self._is_in_order)
         except InputError as error:
             raise InputError(f"{self.checkpoint.path}: {error}") from None
+
+    def _is_in_order(self, name: str, group: int) -> bool:
+        """Return whether a tensor that says each input's group names them one after the other."""
+        if name not in self._in_order:
+            stored = self.checkpoint.tensors[name]
+            if stored.dtype != "I32" or len(stored.shape) != 1:
+                return True  # of which `check` complains
+            group_of = self.checkpoint.read(name)
+            self._in_order[name] = torch.equal(group_of, torch.arange(len(group_of), dtype=torch.int32) // group)
+        return self._in_order[name]
 
     def tensors(self, name: str, shape: Shape) -> Mapping[str, Expected]:
         """Return what a parameter is stored as, in the order that `read` takes."""

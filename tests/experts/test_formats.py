@@ -395,7 +395,7 @@ def broken(layer: Layer, quantization: Quantization | None, expert_format: Exper
         ("awq", "qzeros", lambda t: t[:1].contiguous(), ["[1, 9]", "[4, 9]"]),
         ("awq", "qweight", lambda t: t.T.contiguous(), ["[9, 200]", "[200, 9]"]),
         ("gptq", "qweight", lambda t: t.long(), ["I64", "I32"]),
-        ("gptq", "g_idx", lambda t: t.flip(0).contiguous(), ["desc_act", "up_proj.weight"]),
+        ("gptq", "g_idx", lambda t: t.flip(0).contiguous(), ["desc_act", "order", "up_proj.weight"]),
     ],
 )
 def test_tensors_that_do_not_fit(

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from stored_cases import awq, gptq, pack_quantized, scaled
+from stored_cases import awq, gptq, pack_quantized, packed, scaled
 from torch import Tensor
 
 from duomoe import LLM, InputError, train_predictor
@@ -50,6 +50,20 @@ def floats(strategy: str, block: list[int] | None = None, form: str = "float-qua
 FP8 = dict(quant_method="fp8")
 GPTQ = dict(quant_method="gptq", bits=4, desc_act=False, sym=False)
 AWQ = dict(quant_method="awq", bits=4, version="gemm")
+
+
+def reordered(seed: int, outer: int, inner: int, bits: int = 4) -> tuple[dict[str, Tensor], Tensor]:
+    """A matrix as GPTQ stores one whose inputs were quantised in another order."""
+    stored, values = gptq(seed, outer, inner, bits=bits)
+    order = torch.randperm(inner, generator=torch.Generator().manual_seed(seed))
+    numbers, count = torch.empty(inner, outer, dtype=torch.int32), 32 // bits
+    for place in range(count):
+        numbers[place::count] = stored["qweight"] >> bits * place & 2**bits - 1
+    numbers = numbers[order].T.tolist()
+    stored["qweight"] = packed(numbers, tuple(range(count))).T.contiguous()
+    stored["g_idx"] = stored["g_idx"][order]
+    return stored, values[:, order]
+
 
 # The matrices, the config, and what experts are in a row.
 CASES: dict[str, tuple[Draw, dict[str, Any], str]] = {
@@ -108,6 +122,12 @@ CASES: dict[str, tuple[Draw, dict[str, Any], str]] = {
     "gptq, 8 bits": (partial(gptq, bits=8, group=32), GPTQ | dict(group_size=32, bits=8), "plain"),
     "gptq, symmetric": (partial(gptq, symmetric=True), GPTQ | dict(group_size=64, sym=True), "int4"),
     "gptq, ordered desc_act": (gptq, GPTQ | dict(group_size=64, desc_act=True), "int4"),
+    "gptq, desc_act": (reordered, GPTQ | dict(group_size=64, desc_act=True), "plain"),
+    "gptq of 8 bits, desc_act": (
+        partial(reordered, bits=8),
+        GPTQ | dict(group_size=64, bits=8, desc_act=True),
+        "plain",
+    ),
     "gptq_v2 by format": (partial(gptq, less=0), GPTQ | dict(group_size=64, format="gptq_v2"), "int4"),
     "gptq, float32 scales": (partial(gptq, scale_dtype=torch.float32), GPTQ | dict(group_size=64), "int4"),
     "gptq, nulls": (
@@ -265,3 +285,13 @@ def test_a_config_that_is_not_supported_is_refused_in_one_line(
     assert (
         "\n" not in message and len(message) < 400 and all(word in message for word in ["quantization_config", *words])
     )
+
+
+def test_inputs_in_groups_that_there_are_not(tiny: Callable[..., Any], tmp_path: Path) -> None:
+    draw, config, _ = CASES["gptq, desc_act"]
+    write(tiny("qwen3_moe", **sizes_of("qwen3_moe")).path, folder := tmp_path / "model", draw, config, is_linear)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.experts.2.up_proj.g_idx"][5] = 7
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.experts\.2\.up_proj\.weight .* \(g_idx\)"):
+        LLM(folder, device="cpu")
