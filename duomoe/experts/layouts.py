@@ -118,10 +118,10 @@ class IntegerLayout(Layout):
         numbers, scales, zeros, group_of = self.unpacked(parts)
         if group_of is not None and self.quantization.reorders and self.form == PLAIN:
             groups = scales.shape[1]
-            problem = InputError(f"{self.name} has inputs in groups that there are not (g_idx)")
-            require(((group_of >= 0) & (group_of < groups)).all(), problem)
-            each = group_of.clamp(0, groups - 1)
-            return PlainMatrix((numbers.float() - zeros.float()[:, each]) * scales.float()[:, each])
+            unknown = InputError(f"{self.name} has inputs in groups that there are not (g_idx)")
+            require(((group_of >= 0) & (group_of < groups)).all(), unknown)
+            own = group_of.clamp(0, groups - 1)
+            return PlainMatrix((numbers.float() - zeros.float()[:, own]) * scales.float()[:, own])
         if group_of is not None:
             in_order = (group_of == torch.arange(inner, device=group_of.device) // group).all()
             problem = InputError(
