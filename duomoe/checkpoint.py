@@ -22,20 +22,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duomoe.errors import InputError
+from duomoe.errors import InputError, one_line
 from duomoe.memory.staging import StagingRing, staging_memory
+from duomoe.model_path import unfinished
+from duomoe.models.config_reader import short
 
 # The floating-point types that are read, by their name in a safetensors header.
 STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 # All that are read: quantised checkpoints have these besides.
-DTYPES = STORED_DTYPES | {"F8_E4M3": torch.float8_e4m3fn, "I32": torch.int32}
+DTYPES = STORED_DTYPES | {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I32": torch.int32,
+    "I8": torch.int8,
+}
 
 # What is not read straight to where it belongs is read in pieces of this many bytes, so that a bounce buffer stays
 # small whatever the tensor.
 PIECE_BYTES = 2 << 20
 
+# Tensors that are not needed to run a text model: of other modalities, of drafts of several tokens, what follows from
+# the config, and what quantised checkpoints say of shapes and of activations.
+NEEDLESS_PREFIXES = ("mtp.", "model.mtp.", "visual.", "model.visual.", "vision_tower.", "model.vision_tower.")
+NEEDLESS_SUFFIXES = (
+    "rotary_emb.inv_freq",
+    ".weight_shape",
+    ".input_scale",
+    ".k_scale",
+    ".v_scale",
+    "activation_scale",
+)
+
+# What stands in place of a large file where only pointers were cloned.
+LFS_POINTER = b"version https://git-lfs"
+
 MAX_HEADER_BYTES = 100 << 20
+MAX_DIMENSIONS = 8
 
 
 @dataclass(frozen=True)
@@ -69,9 +92,12 @@ class Checkpoint:
         self.path = Path(path)
         if not os.path.isdir(self.path):
             raise InputError(f"{self.path}: no such folder; a model is a folder with config.json and safetensors files")
+        if not os.access(self.path, os.R_OK | os.X_OK):
+            raise InputError(f"{self.path}: a folder without permission to read it")
         config = self.read_json("config.json")
         if config is None:
-            raise InputError(f"{self.path}: no config.json; a model is a folder in Hugging Face layout")
+            hint = unfinished(self.path)
+            raise InputError(f"{self.path}: no config.json; a model is a folder in Hugging Face layout{hint}")
         self.config = config
         self.tensors = self._find_tensors()
         self.reading_seconds = 0.0
@@ -82,22 +108,37 @@ class Checkpoint:
     def read_json(self, name: str) -> dict[str, Any] | None:
         """Return a JSON object from the folder, or None when there is no such file."""
         file = self.path / name
-        if not file.exists() and not file.is_symlink():
+        if not os.path.lexists(file):
             return None
-        if not file.is_file():
-            raise InputError(f"{file}: not a file")
+        if not os.path.isfile(file):
+            link = " but a link to nothing" if not os.path.exists(file) else ""  # noqa: PTH110
+            raise InputError(f"{file}: not a file{link}")
         try:
-            content = json.loads(file.read_text("utf-8-sig"))
+            if file.stat().st_size > MAX_HEADER_BYTES:
+                raise InputError(f"{file}: too large to be JSON about a model")
+            text = file.read_text("utf-8-sig")
+            _refuse_pointer(file, text[: len(LFS_POINTER)].encode())
+            content = json.loads(text)
+        except InputError:
+            raise
         except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{file}: cannot be read as JSON: {error}") from None
         if not isinstance(content, dict):
             raise InputError(f"{file}: expected a JSON object")
         return content
 
+    def usual_dtype(self) -> str:
+        """Return the name of the floating-point type that takes most of the bytes, as config.json spells it."""
+        sizes = dict.fromkeys(STORED_DTYPES, 0)
+        for tensor in self.tensors.values():
+            if tensor.dtype in sizes:
+                sizes[tensor.dtype] += tensor.size
+        return str(STORED_DTYPES[max(sizes, key=sizes.__getitem__)]).removeprefix("torch.")
+
     def warn_of_unused(self, used: Iterable[str]) -> None:
         """Warn (RuntimeWarning) where there are tensors that the model has no use for."""
         unused = sorted(self.tensors.keys() - set(used))
-        unused = [name for name in unused if not name.endswith("rotary_emb.inv_freq")]
+        unused = [name for name in unused if not is_needless(name)]
         if unused:
             warn(f"{self.path}: {len(unused)} tensors are not part of the model and were ignored, first {unused[0]}")
 
@@ -217,21 +258,39 @@ class Checkpoint:
             single = self.path / "model.safetensors"
             if not os.path.isfile(single):
                 hint = "; convert its .bin files to safetensors first" if any(self.path.glob("*.bin")) else ""
-                raise InputError(f"{self.path}: neither model.safetensors nor model.safetensors.index.json{hint}")
+                raise InputError(
+                    f"{self.path}: neither model.safetensors nor model.safetensors.index.json{hint}"
+                    f"{unfinished(self.path)}"
+                )
             return read_header(single)
         places = index.get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
             raise InputError(f"{self.path / 'model.safetensors.index.json'}: weight_map must map tensors to file names")
-        shards: dict[str, dict[str, StoredTensor]] = {}
-        for shard in sorted(set(places.values())):
-            file = self.path / shard
-            if Path(shard).name != shard or not os.path.isfile(file):
-                raise InputError(f"{self.path}: the index names {shard}, but there is no such file in the folder")
-            shards[shard] = read_header(file)
-        for name, shard in places.items():
+        needed = {name: shard for name, shard in places.items() if not is_needless(name)}
+        shards = {shard: read_header(self._shard(shard)) for shard in sorted(set(needed.values()))}
+        for name, shard in needed.items():
             if name not in shards[shard]:
                 raise InputError(f"{self.path}: the index says that {name} is in {shard}, but it is not")
-        return {name: shards[shard][name] for name, shard in places.items()}
+        return {name: shards[shard][name] for name, shard in needed.items()}
+
+    def _shard(self, shard: str) -> Path:
+        """Return the file of the index's name, which lies in the folder or below it."""
+        file = self.path / shard
+        if Path(shard).is_absolute() or ".." in Path(shard).parts or not os.path.isfile(file):
+            raise InputError(
+                f"{self.path}: the index names {shard}, but there is no such file in the folder{unfinished(self.path)}"
+            )
+        return file
+
+
+def _refuse_pointer(path: Path, begin: bytes) -> None:
+    if begin == LFS_POINTER:
+        raise InputError(f"{path}: a Git-LFS pointer, not the file itself; in its folder, run: git lfs pull")
+
+
+def is_needless(name: str) -> bool:
+    """Return whether a tensor is known to be of no use to the text model that a checkpoint holds."""
+    return name.startswith(NEEDLESS_PREFIXES) or name.endswith(NEEDLESS_SUFFIXES)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -243,7 +302,10 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
+            begin = file.read(len(LFS_POINTER))
+            _refuse_pointer(path, begin)
+            file.seek(8)
+            length = int.from_bytes(begin[:8], "little")
             if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                 raise InputError(f"{path}: not a safetensors file, or truncated ({size} bytes)")
             header = json.loads(file.read(length))
@@ -268,8 +330,10 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 def _stored(path: Path, start: int, entry: dict[str, Any]) -> StoredTensor:
     """Read one tensor's entry in a header; `start` is where the tensors' bytes begin."""
     (begin, end), shape = entry["data_offsets"], tuple(entry["shape"])
-    if any(type(number) is not int or number < 0 for number in (begin, end, *shape)) or end < begin:
-        raise ValueError(f"offsets {begin} to {end} of shape {list(shape)}")
+    if len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"a tensor of {len(shape)} dimensions")
+    if any(type(number) is not int or not 0 <= number < 2**63 for number in (begin, end, *shape)) or end < begin:
+        raise ValueError(f"offsets {short(begin)} to {short(end)} of shape {short(list(shape))}")
     tensor = StoredTensor(path, str(entry["dtype"]), shape, start + begin, end - begin)
     item = DTYPES.get(tensor.dtype)
     if item is not None and tensor.size != math.prod(shape) * item.itemsize:
@@ -333,4 +397,4 @@ def _memory(tensor: Tensor) -> memoryview:
 
 def warn(message: str) -> None:
     """Warn of what is strange about a checkpoint."""
-    warnings.warn(message, RuntimeWarning, stacklevel=3)
+    warnings.warn(one_line(message), RuntimeWarning, stacklevel=3)

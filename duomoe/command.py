@@ -29,7 +29,11 @@ class Parser(argparse.ArgumentParser):
 
 def add_running_options(p: argparse.ArgumentParser) -> None:
     """Add the choices of how a model is run, the same for all tools; `engine_config` reads them."""
-    p.add_argument("--model", metavar="DIR", help="a folder in Hugging Face layout (default: the embedded model)")
+    p.add_argument(
+        "--model",
+        metavar="DIR",
+        help="a folder in Hugging Face layout, or owner/name in the hub's cache (default: the embedded model)",
+    )
     running = p.add_argument_group("running")
 
     def add(flag: str, **options: Any) -> None:

@@ -93,10 +93,10 @@ class EngineConfig:
         """
         if self.predictor is None:
             beside = folder.checkpoint.path / "predictor.safetensors"
-            return beside if beside.is_file() else None
+            return beside if os.path.isfile(beside) else None
         if self.predictor in ("gate", "none"):
             return None
-        if not Path(self.predictor).is_file():
+        if not os.path.isfile(self.predictor):
             raise InputError(f"--predictor: {self.predictor} is not a file; give one, or gate or none")
         return Path(self.predictor)
 

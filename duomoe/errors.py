@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-MAX_MESSAGE = 2000  # characters, about a screen
+# As much as a screen of text shows.
+LONGEST_MESSAGE = 1500
 
 
 class InputError(ValueError):
@@ -14,9 +15,7 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        line = " ".join(message[: 2 * MAX_MESSAGE].split())
-        shown = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in line)
-        super().__init__(shown if len(shown) <= MAX_MESSAGE else f"{shown[:MAX_MESSAGE]} …")
+        super().__init__(one_line(message))
 
 
 @contextmanager
@@ -31,3 +30,11 @@ def naming_failures(what: str) -> Iterator[None]:
         raise
     except BaseException as error:
         raise InputError(f"{what}: {str(error) or type(error).__name__}") from None
+
+
+def one_line(message: str) -> str:
+    """Return a message as one line, no longer than a screen, of characters that only show themselves."""
+    line = " ".join(message[: 10 * LONGEST_MESSAGE].split())
+    if len(line) > LONGEST_MESSAGE:
+        line = f"{line[: LONGEST_MESSAGE * 2 // 3]} … {line[-LONGEST_MESSAGE // 3 :]}"
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in line)

@@ -86,18 +86,13 @@ def load_weights(folder: ModelFolder, model: Model, store: ExpertStore, room: in
 
 def _fill_dense(stored: StoredMatrices, name: str, view: Tensor, startup: Startup) -> str | None:
     """Fill a non-expert parameter; return its name if it holds values that are not finite."""
-    shape, finite = tuple(view.shape), True
-    if stored.is_quantised(name, shape):
-        # On the host: on a GPU, several at a time would take more memory than is planned.
-        view.copy_(stored.matrix(name, shape, stored.read(name, shape)).values())
-    else:
-        finite = stored.checkpoint.read_into(name, view)
-    startup.load(stored.size(name, shape))
+    finite = stored.read_into(name, view)
+    startup.load(stored.size(name, tuple(view.shape)))
     return None if finite else name
 
 
 def _warn_of_values(checkpoint: Checkpoint, name: str) -> None:
-    warn(f"{checkpoint.tensors[name].path}: {name} holds NaN or infinity, and so will the output")
+    warn(f"{checkpoint.path}: {name} holds NaN or infinity, and so will the output")
 
 
 class _Threads:

@@ -17,10 +17,13 @@ def read_text(path: Path) -> str:
     try:
         with path.open("rb") as file:
             content = file.read(MAX_TEXT_BYTES + 1)
-        if len(content) > MAX_TEXT_BYTES:
-            raise InputError(f"{path}: more than {MAX_TEXT_BYTES} bytes of text")
-        return content.decode("utf-8")
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
+    except ValueError:
+        raise InputError(f"{path}: no file has such a name") from None
+    if len(content) > MAX_TEXT_BYTES:
+        raise InputError(f"{path}: more than {MAX_TEXT_BYTES} bytes of text")
+    try:
+        return content.decode("utf-8")
     except UnicodeError:
         raise InputError(f"{path}: not UTF-8 text") from None

@@ -15,6 +15,7 @@ from duomoe.command import (
     say,
 )
 from duomoe.errors import InputError
+from duomoe.output_file import output_target
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,18 +41,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _trace(args: argparse.Namespace) -> None:
     prompts = read_prompts(Path(args.prompts))
     out = Path(args.out)
-    if not out.parent.is_dir():
-        raise InputError(f"--out: {out.parent} is not a folder")
+    output_target(out, "--out")
 
     from tqdm import tqdm
 
     from duomoe.experts.trace import Recorder
     from duomoe.llm import LLM
+    from duomoe.model_folder import ModelFolder
     from duomoe.sampling import SamplingParams
 
     params = SamplingParams(max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed)
     quiet = not progress_is_visible()
-    llm = LLM(args.model, engine_config(args), quiet=quiet)
+    folder = ModelFolder(args.model)
+    if not folder.config.moe_layers:
+        raise InputError(f"{folder.checkpoint.path}: no layer of this model has experts; there is nothing to trace")
+    llm = LLM(folder, engine_config(args), quiet=quiet)
     recorder = Recorder(len(llm.config.moe_layers), args.hidden)
     llm.policy.observer = recorder.observe
     for prompt in tqdm(prompts, desc="tracing", unit="prompt", disable=quiet, leave=False):

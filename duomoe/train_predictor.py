@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from duomoe.command import Parser, progress_is_visible, run_command, say, write
 from duomoe.errors import InputError
+from duomoe.output_file import output_target
 
 if TYPE_CHECKING:
     from duomoe.models import Model
@@ -21,7 +22,11 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m duomoe.train_predictor",
         description="Train a predictor of experts on a trace (python -m duomoe.trace), and print how good it is.",
     )
-    p.add_argument("--model", metavar="DIR", help="a folder in Hugging Face layout (default: the embedded model)")
+    p.add_argument(
+        "--model",
+        metavar="DIR",
+        help="a folder in Hugging Face layout, or owner/name in the hub's cache (default: the embedded model)",
+    )
     p.add_argument("--trace", metavar="TRACE", required=True, help="what to train on")
     p.add_argument("--held-out", metavar="TRACE", help="what to measure on (default: every fifth prompt of --trace)")
     p.add_argument(
@@ -45,8 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(args: argparse.Namespace) -> None:
     out = Path(args.out)
-    if not out.parent.is_dir():
-        raise InputError(f"--out: {out.parent} is not a folder")
+    output_target(out, "--out")
     if not 1 <= args.rank <= MAX_RANK:
         raise InputError(f"--rank: {args.rank} is not from 1 to {MAX_RANK}")
 
@@ -103,10 +107,10 @@ def _routers_of(path: str | None) -> tuple["Model", str]:
 
     folder = ModelFolder(path)
     model = Model(folder.architecture, folder.config, torch.device("cpu"), torch.float32, compiled=False)
-    names = set(folder.routers())
+    names = {name for name, _ in folder.routers()}
     for name, view in model.destinations():
         if name in names:
-            folder.checkpoint.read_into(name, view)
+            folder.stored.read_into(name, view)
     return model, folder.fingerprint()
 
 

@@ -1,19 +1,52 @@
 """What a model's config.json says, in one spelling: old and new Hugging Face names are read alike."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from duomoe.errors import InputError
-from duomoe.kernels.quantised import FP8_BLOCK, INT4_GROUPS
+from duomoe.models.config_reader import MAX_SIZE, ConfigReader, short
+from duomoe.models.quantization import Quantization, parse_quantization
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPE_KEYS = ("dtype", "torch_dtype")
 
-MAX_LAYERS = 10_000
+# Two names of one function.
+ACTIVATIONS = ("silu", "swish")
+
+# What can be enumerated, and held.
+MAX_LAYERS, MAX_EXPERTS, MAX_HEADS, MAX_HEAD_DIM = 10_000, 65_536, 65_536, 65_536
+
+# By how much a context may be stretched, and what else scales rotary embedding: beyond these, float32 does not hold it.
+STRETCH, SCALE = (1e-6, 1e6), (1e-6, 1e6)
 
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
+
+# What absent keys of `rope_parameters` mean, beside rope_theta, which is the family's.
+ROPE_DEFAULTS: dict[str, Any] = {
+    "rope_type": "default",
+    "partial_rotary_factor": None,
+    "factor": None,
+    "attention_factor": None,
+    "beta_fast": None,
+    "beta_slow": None,
+    "mscale": None,
+    "mscale_all_dim": None,
+    "truncate": True,
+}
+
+# What absent keys of any family's config mean; the families' own defaults stand beside their `parse`.
+DEFAULTS: dict[str, Any] = {
+    "hidden_act": "silu",
+    "head_dim": None,
+    "tie_word_embeddings": False,
+    "rope_theta": 1e4,
+    "rope_parameters": None,
+    "quantization_config": None,
+    "eos_token_id": None,
+}
 
 
 @dataclass(frozen=True)
@@ -39,16 +72,6 @@ class RopeConfig:
     def depends_on_length(self) -> bool:
         """Whether a token's key depends on how long its sequence was when the key was made."""
         return self.kind == "dynamic"
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """How a checkpoint's linear layers are quantised; those that it stores as they are have a plain weight."""
-
-    method: str  # 'fp8', 'awq' or 'gptq'
-    group_size: int  # inputs that share a scale (fp8: and as many outputs)
-    zero_offset: int = 0  # what is to be added to a stored zero point; GPTQ's first version stores one less
-    dynamic_activations: bool = False  # fp8: activations are to be multiplied in fp8, too, scaled as they come
 
 
 @dataclass(frozen=True)
@@ -96,88 +119,47 @@ class ModelConfig:
         return tuple(layer for layer, moe in enumerate(self.is_moe) if moe)
 
 
-class ConfigReader:
-    """Typed access to a config.json; every complaint names the key.
-
-    Raises:
-        InputError: from any method, when a value is missing, of the wrong type or out of range.
-    """
-
-    def __init__(self, raw: Mapping[str, Any]) -> None:
-        self.raw = raw
-
-    def count(self, *keys: str, default: int | None = None, low: int = 1) -> int:
-        """Return the first of `keys` that is set, as an integer of at least `low`."""
-        value = self._first(keys, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**31:
-            raise InputError(f"config.json: {keys[0]} must be a whole number of at least {low}, found {_short(value)}")
-        return value
-
-    def number(self, *keys: str, default: float | None = None) -> float:
-        """Return the first of `keys` that is set, as a positive number."""
-        value = self._first(keys, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
-            raise InputError(f"config.json: {keys[0]} must be a positive number, found {_short(value)}")
-        return float(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        """Return a boolean."""
-        value = self._first((key,), default)
-        if not isinstance(value, bool):
-            raise InputError(f"config.json: {key} must be true or false, found {value!r}")
-        return value
-
-    def _first(self, keys: tuple[str, ...], default: Any) -> Any:
-        for key in keys:
-            if self.raw.get(key) is not None:
-                return self.raw[key]
-        if default is None:
-            raise InputError(f"config.json: {keys[0]} is missing")
-        return default
-
-
 def parse_config(
-    raw: Mapping[str, Any],
+    read: ConfigReader,
     family: str,
     *,
     moe_intermediate_size: int,
     shared_intermediate_size: int = 0,
+    expert_keys: tuple[str, ...],
     norm_topk_prob: bool,
-    default_theta: float,
-    default_eps: float,
     qkv_bias: bool = False,
     o_bias: bool = False,
     windows: tuple[int, ...],
     is_moe: tuple[bool, ...],
 ) -> ModelConfig:
-    """Read what all families share; the caller, a model's own `parse`, gives what they spell or default differently.
+    """Read what all families share; the caller, a model's own `parse`, gives what they spell differently.
 
     Raises:
         InputError: when a value is missing, malformed, or not supported.
     """
-    read = ConfigReader(raw)
-    if raw.get("hidden_act", "silu") != "silu":
-        raise InputError(f"config.json: hidden_act {raw['hidden_act']!r} is not supported; only 'silu' is")
-
-    hidden, heads = read.count("hidden_size"), read.count("num_attention_heads")
-    kv_heads = read.count("num_key_value_heads", default=heads)
-    head_dim = read.count("head_dim", default=max(hidden // heads, 1))
+    read.choice("hidden_act", of=ACTIVATIONS)
+    hidden, heads = read.count("hidden_size"), read.count("num_attention_heads", high=MAX_HEADS)
+    kv_heads = read.count("num_key_value_heads", high=MAX_HEADS)
+    head_dim = read.optional_count("head_dim") or max(hidden // heads, 1)
     if heads % kv_heads:
         raise InputError(f"config.json: {heads} attention heads cannot share {kv_heads} key-value heads evenly")
-    if head_dim % 2:
-        raise InputError(f"config.json: head_dim must be even for rotary embedding, found {head_dim}")
-    experts, top_k = read.count("num_local_experts", "num_experts"), read.count("num_experts_per_tok")
+    if head_dim % 2 or head_dim > MAX_HEAD_DIM:
+        raise InputError(
+            f"config.json: head_dim must be even for rotary embedding, and at most {MAX_HEAD_DIM}, found {head_dim}"
+        )
+    experts = read.count(*expert_keys, high=MAX_EXPERTS)
+    top_k = read.count("num_experts_per_tok")
     if top_k > experts:
         raise InputError(f"config.json: num_experts_per_tok is {top_k}, but there are only {experts} experts")
 
-    rope = _parse_rope(raw, head_dim, default_theta)
+    rope = _parse_rope(read, head_dim)
     stretched = rope.factor if rope.kind in ("linear", "dynamic", "yarn") else 1.0
     trained = rope.original_max_position if rope.kind == "yarn" else rope.max_position
     return ModelConfig(
         family=family,
         vocab_size=read.count("vocab_size"),
         hidden_size=hidden,
-        num_layers=read.count("num_hidden_layers"),
+        num_layers=count_layers(read),
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
@@ -187,143 +169,105 @@ def parse_config(
         num_experts=experts,
         top_k=top_k,
         norm_topk_prob=norm_topk_prob,
-        rms_norm_eps=read.number("rms_norm_eps", default=default_eps),
-        tie_word_embeddings=read.flag("tie_word_embeddings", default=False),
+        rms_norm_eps=read.number("rms_norm_eps"),
+        tie_word_embeddings=read.flag("tie_word_embeddings"),
         qkv_bias=qkv_bias,
         o_bias=o_bias,
         windows=windows,
         is_moe=is_moe,
-        max_position=max(rope.max_position, int(trained * stretched)),
+        max_position=min(max(rope.max_position, int(trained * stretched)), MAX_SIZE),
         rope=rope,
-        dtype=_parse_dtype(raw),
-        eos_token_ids=token_ids(raw.get("eos_token_id"), "config.json"),
-        quantization=parse_quantization(raw.get("quantization_config")),
+        dtype=_parse_dtype(read),
+        eos_token_ids=token_ids(read.value("eos_token_id"), "config.json"),
+        quantization=parse_quantization(read.value("quantization_config")),
     )
 
 
-def parse_quantization(raw: Any) -> Quantization | None:
-    """Read a config.json's `quantization_config`; None where there is none.
-
-    Raises:
-        InputError: when it is malformed, or says something that is not supported.
-    """
-    if raw is None:
-        return None
-    where = "config.json: quantization_config"
-    if not isinstance(raw, Mapping):
-        raise InputError(f"{where}: the checkpoint is quantised, but how must be an object, found {_short(raw)}")
-    method = raw.get("quant_method")
-
-    def require(key: str, value: object, *allowed: object) -> None:
-        if value not in allowed:
-            known = ", ".join(map(str, allowed))
-            raise InputError(f"{where}: {key} {_short(value)} is not supported for {method}; supported: {known}")
-
-    if method == "fp8":
-        require("fmt", raw.get("fmt", "e4m3"), "e4m3")
-        require("weight_block_size", raw.get("weight_block_size"), [FP8_BLOCK, FP8_BLOCK])
-        dynamic = raw.get("activation_scheme", "dynamic") == "dynamic"
-        return Quantization("fp8", FP8_BLOCK, dynamic_activations=dynamic)
-    if method not in ("awq", "gptq"):
-        raise InputError(f"{where}: this checkpoint is quantised by {_short(method)}; supported: fp8, awq, gptq")
-    group = raw.get("group_size", raw.get("q_group_size"))
-    require("bits", raw.get("bits", raw.get("w_bit")), 4)
-    require("group_size", group, *INT4_GROUPS)
-    if method == "awq":
-        require("version", str(raw.get("version", "gemm")).lower(), "gemm")
-        require("zero_point", raw.get("zero_point", True), True)
-        return Quantization("awq", int(group))
-    if not raw.get("static_groups"):
-        require("desc_act", raw.get("desc_act", False), False)
-    require("checkpoint_format", raw.get("checkpoint_format", "gptq"), "gptq", "gptq_v2")
-    return Quantization("gptq", int(group), zero_offset=0 if raw.get("checkpoint_format") == "gptq_v2" else 1)
-
-
-def count_layers(raw: Mapping[str, Any]) -> int:
+def count_layers(read: ConfigReader) -> int:
     """Return the number of layers, having checked that it is one that can be enumerated."""
-    layers = ConfigReader(raw).count("num_hidden_layers")
-    if layers > MAX_LAYERS:
-        raise InputError(f"config.json: num_hidden_layers is {layers}; at most {MAX_LAYERS} make sense")
-    return layers
+    return read.count("num_hidden_layers", high=MAX_LAYERS)
 
 
-def uniform_window(raw: Mapping[str, Any], layers: int, default: int = 0) -> tuple[int, ...]:
-    """Return the sliding window that every layer of `layers` has, 0 where the config has none."""
-    window = raw.get("sliding_window", default) or 0
-    return (ConfigReader({"sliding_window": window}).count("sliding_window", low=0),) * layers
-
-
-def sparse_layers(raw: Mapping[str, Any], layers: int) -> tuple[bool, ...]:
+def sparse_layers(read: ConfigReader, layers: int) -> tuple[bool, ...]:
     """Return which layers have experts: every `decoder_sparse_step`-th that is not in `mlp_only_layers` (Qwen)."""
-    step = ConfigReader(raw).count("decoder_sparse_step", default=1)
-    dense = raw.get("mlp_only_layers") or []
+    step = read.count("decoder_sparse_step")
+    value = read.value("mlp_only_layers")
+    dense = [] if value is None else value
     if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
-        raise InputError(f"config.json: mlp_only_layers must be a list of layer numbers, found {dense!r}")
-    return tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(layers))
+        raise read.unusable("mlp_only_layers", value, "a list of layer numbers")
+    plain = set(dense)
+    return tuple(layer not in plain and (layer + 1) % step == 0 for layer in range(layers))
 
 
 def token_ids(value: Any, source: str) -> tuple[int, ...]:
     """Return a config's token id or list of token ids as a tuple; `source` is the file's name, for complaints."""
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(isinstance(item, int) and not isinstance(item, bool) for item in ids):
-        raise InputError(f"{source}: eos_token_id must be a token id or a list of them, found {value!r}")
+        raise InputError(f"{source}: eos_token_id must be a token id or a list of them, found {short(value)}")
     return tuple(ids)
 
 
-def _parse_dtype(raw: Mapping[str, Any]) -> torch.dtype:
-    found = next((raw[key] for key in ("dtype", "torch_dtype") if raw.get(key) is not None), "float32")
+def states_dtype(raw: Mapping[str, Any]) -> bool:
+    """Return whether a config.json says of which dtype the weights are."""
+    return any(raw.get(key) is not None for key in DTYPE_KEYS)
+
+
+def _parse_dtype(read: ConfigReader) -> torch.dtype:
+    found = next((read.raw[key] for key in DTYPE_KEYS if read.raw.get(key) is not None), "float32")
     name = found.removeprefix("torch.") if isinstance(found, str) else None
     if name not in DTYPES:
-        raise InputError(f"config.json: dtype {_short(found)} is not supported; supported: {', '.join(DTYPES)}")
+        raise read.unusable("dtype", found, f"one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
-def _parse_rope(raw: Mapping[str, Any], head_dim: int, default_theta: float) -> RopeConfig:
+def _parse_rope(config: ConfigReader, head_dim: int) -> RopeConfig:
     """Read `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before)."""
-    found: Any = next((raw[key] for key in ("rope_scaling", "rope_parameters") if raw.get(key) is not None), {})
+    found = config.raw.get("rope_scaling") or config.value("rope_parameters")
+    found = {} if found is None else found
     if not isinstance(found, Mapping) or any(isinstance(value, Mapping) for value in found.values()):
-        raise InputError(f"config.json: rope_parameters must be one flat object, found {_short(found)}")
-    inherited = {"rope_theta": raw.get("rope_theta", default_theta)}
-    read = ConfigReader({**inherited, **{key: value for key, value in found.items() if value is not None}})
-    kind = read.raw.get("rope_type", read.raw.get("type", "default"))
-    if not isinstance(kind, str) or kind not in ROPE_KINDS:
-        raise InputError(f"config.json: RoPE type {_short(kind)} is not supported; supported: {', '.join(ROPE_KINDS)}")
-    if read.number("partial_rotary_factor", default=raw.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise config.unusable("rope_parameters", found, "one flat object")
+    max_position = config.count("max_position_embeddings")
+    # What these do not say may stand beside them.
+    beside = {key: config.raw[key] for key in ("rope_theta", "partial_rotary_factor") if key in config.raw}
+    defaults = ROPE_DEFAULTS | {
+        "rope_theta": config.defaults["rope_theta"],
+        "original_max_position_embeddings": max_position,
+    }
+    read = ConfigReader(found, defaults | beside, "config.json: rope_parameters")
+    kind = read.choice("rope_type", "type", of=ROPE_KINDS)
+    # transformers 5 ignores it for the default kind, and old versions applied it; nobody can have meant both.
+    if read.value("partial_rotary_factor") not in (None, 1):
         raise InputError("config.json: a partial_rotary_factor other than 1 is not supported")
-    max_position = ConfigReader(raw).count("max_position_embeddings")
-    original = raw.get("original_max_position_embeddings") or read.raw.get("original_max_position_embeddings")
-    original = ConfigReader({"original_max_position_embeddings": original or max_position}).count(
-        "original_max_position_embeddings"
+    theta = read.number("rope_theta", 1.001)
+    rope = RopeConfig(kind, theta, head_dim, max_position)
+    if kind == "default":
+        return rope
+    if kind == "dynamic" and head_dim == 2:
+        raise InputError("config.json: RoPE of type dynamic needs a head_dim of more than 2")
+    if kind in ("linear", "dynamic"):
+        return replace(rope, factor=read.number("factor", *STRETCH))
+    # At the top level it takes precedence.
+    stated = config if "original_max_position_embeddings" in config.raw else read
+    rope = replace(rope, original_max_position=stated.count("original_max_position_embeddings"))
+    return _parse_yarn(read, rope) if kind == "yarn" else _parse_llama3(read, rope)
+
+
+def _parse_yarn(read: ConfigReader, rope: RopeConfig) -> RopeConfig:
+    factor = rope.max_position / rope.original_max_position
+    return replace(
+        rope,
+        factor=factor if read.value("factor") is None else read.number("factor", *STRETCH),
+        attention_factor=None if read.value("attention_factor") is None else read.number("attention_factor", *SCALE),
+        beta_fast=read.optional_number("beta_fast", *SCALE) or 32.0,
+        beta_slow=read.optional_number("beta_slow", *SCALE) or 1.0,
+        mscale=read.optional_number("mscale", *SCALE) or 0.0,
+        mscale_all_dim=read.optional_number("mscale_all_dim", *SCALE) or 0.0,
+        truncate=read.value("truncate") is not None and read.flag("truncate"),
     )
-    if kind == "yarn":
-        factor = read.number("factor", default=max_position / original)
-    else:
-        factor = 1.0 if kind == "default" else read.number("factor")
-    theta = read.number("rope_theta")
-    low, high = read.number("low_freq_factor", default=1.0), read.number("high_freq_factor", default=4.0)
-    if theta <= 1:
-        raise InputError(f"config.json: rope_theta must be greater than 1, found {theta}")
+
+
+def _parse_llama3(read: ConfigReader, rope: RopeConfig) -> RopeConfig:
+    low, high = read.number("low_freq_factor", *SCALE), read.number("high_freq_factor", *SCALE)
     if low >= high:
         raise InputError(f"config.json: low_freq_factor {low} must be less than high_freq_factor {high}")
-    return RopeConfig(
-        kind=kind,
-        theta=theta,
-        head_dim=head_dim,
-        max_position=max_position,
-        factor=factor,
-        original_max_position=original,
-        attention_factor=read.number("attention_factor") if "attention_factor" in read.raw else None,
-        beta_fast=read.number("beta_fast", default=32.0),
-        beta_slow=read.number("beta_slow", default=1.0),
-        mscale=read.number("mscale") if read.raw.get("mscale") else 0.0,
-        mscale_all_dim=read.number("mscale_all_dim") if read.raw.get("mscale_all_dim") else 0.0,
-        truncate=read.flag("truncate", default=True),
-        low_freq_factor=low,
-        high_freq_factor=high,
-    )
-
-
-def _short(value: object) -> str:
-    """Return a value for a message of one line."""
-    text = repr(value) if not isinstance(value, int) or abs(value) < 10**20 else "an absurdly large one"
-    return text if len(text) <= 60 else text[:57] + "..."
+    return replace(rope, factor=read.number("factor", *STRETCH), low_freq_factor=low, high_freq_factor=high)

@@ -4,22 +4,39 @@ from collections.abc import Mapping
 from typing import Any
 
 from duomoe.models.architecture import Architecture
-from duomoe.models.config import ConfigReader, ModelConfig, count_layers, parse_config, uniform_window
+from duomoe.models.config import DEFAULTS, ModelConfig, count_layers, parse_config
+from duomoe.models.config_reader import ConfigReader
 from duomoe.models.weights import Sources, attention_sources, swiglu_sources
+
+# What absent keys mean, as in transformers' MixtralConfig.
+MIXTRAL_DEFAULTS = DEFAULTS | {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "sliding_window": None,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "eos_token_id": 2,
+}
 
 
 def parse(raw: Mapping[str, Any]) -> ModelConfig:
     """Read a Mixtral config.json."""
-    read = ConfigReader(raw)
-    layers = count_layers(raw)
+    read = ConfigReader(raw, MIXTRAL_DEFAULTS)
+    layers = count_layers(read)
     return parse_config(
-        raw,
+        read,
         "mixtral",
         moe_intermediate_size=read.count("intermediate_size"),
+        expert_keys=("num_experts", "num_local_experts"),
         norm_topk_prob=True,
-        default_theta=1e6,
-        default_eps=1e-5,
-        windows=uniform_window(raw, layers),
+        windows=(read.optional_count("sliding_window") or 0,) * layers,
         is_moe=(True,) * layers,
     )
 

@@ -7,42 +7,66 @@ are used as they are unless `norm_topk_prob` says otherwise; some layers may be 
 from collections.abc import Mapping
 from typing import Any
 
-from duomoe.errors import InputError
 from duomoe.models.architecture import Architecture
-from duomoe.models.config import ConfigReader, ModelConfig, count_layers, parse_config, sparse_layers, uniform_window
+from duomoe.models.config import DEFAULTS, ModelConfig, count_layers, parse_config, sparse_layers
+from duomoe.models.config_reader import ConfigReader
 from duomoe.models.weights import QWEN_MLP, Sources, attention_sources, prefixed, qwen_mlp_sources, swiglu_sources
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+# What absent keys mean, as in transformers' Qwen2MoeConfig.
+QWEN2_DEFAULTS = DEFAULTS | {
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "moe_intermediate_size": 1408,
+    "shared_expert_intermediate_size": 5632,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "qkv_bias": True,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "layer_types": None,
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+    "norm_topk_prob": False,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": None,
+}
 
 
 def parse(raw: Mapping[str, Any]) -> ModelConfig:
     """Read a Qwen2-MoE config.json."""
-    read = ConfigReader(raw)
-    layers = count_layers(raw)
+    read = ConfigReader(raw, QWEN2_DEFAULTS)
+    layers = count_layers(read)
     return parse_config(
-        raw,
+        read,
         "qwen2_moe",
         moe_intermediate_size=read.count("moe_intermediate_size"),
         shared_intermediate_size=read.count("shared_expert_intermediate_size"),
-        norm_topk_prob=read.flag("norm_topk_prob", default=False),
-        default_theta=1e4,
-        default_eps=1e-6,
-        qkv_bias=read.flag("qkv_bias", default=True),
-        windows=_windows(raw, layers),
-        is_moe=sparse_layers(raw, layers),
+        expert_keys=("num_experts", "num_local_experts"),
+        norm_topk_prob=read.flag("norm_topk_prob"),
+        qkv_bias=read.flag("qkv_bias"),
+        windows=_windows(read, layers),
+        is_moe=sparse_layers(read, layers),
     )
 
 
-def _windows(raw: Mapping[str, Any], layers: int) -> tuple[int, ...]:
+def _windows(read: ConfigReader, layers: int) -> tuple[int, ...]:
     """Return each layer's sliding window: by `layer_types`, or where it is not written, as transformers derives it."""
-    if not ConfigReader(raw).flag("use_sliding_window", default=False):
-        return (0,) * layers
-    limit = ConfigReader(raw).count("max_window_layers", default=28, low=0)
-    derived = ["sliding_attention" if layer % 2 == 0 and layer < limit else "full_attention" for layer in range(layers)]
-    kinds = raw.get("layer_types") or derived
-    known = ("sliding_attention", "full_attention")
-    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in known for kind in kinds):
-        raise InputError(f"config.json: layer_types must be a list of {layers} entries, each one of {', '.join(known)}")
-    window = uniform_window(raw, 1, default=4096)[0]
-    return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+    slides, limit = read.flag("use_sliding_window"), read.count("max_window_layers", low=0)
+    kinds = read.value("layer_types")
+    if kinds is None:
+        kinds = [SLIDING if slides and layer % 2 == 0 and layer < limit else FULL for layer in range(layers)]
+    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in (SLIDING, FULL) for kind in kinds):
+        raise read.unusable("layer_types", kinds, f"a list of {layers} entries, each {SLIDING} or {FULL}")
+    # transformers gives a layer of kind SLIDING no window where use_sliding_window is false, and then cannot run it.
+    window = read.optional_count("sliding_window") if slides and SLIDING in kinds else None
+    return tuple((window or 0) if kind == SLIDING else 0 for kind in kinds)
 
 
 def block_sources(c: ModelConfig, layer: int) -> dict[str, Sources]:

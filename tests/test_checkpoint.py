@@ -16,6 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from duomoe import LLM, InputError
 from duomoe.checkpoint import DTYPES, PIECE_BYTES, Checkpoint
+from duomoe.model_folder import ModelFolder
+from duomoe.models import architecture_of
+from duomoe.models.config import MAX_LAYERS
 
 
 @pytest.fixture
@@ -196,23 +199,23 @@ GPTQ = dict(quant_method="gptq", bits=4, group_size=128, desc_act=False)
         (dict(rope_parameters=dict(rope_type="longrope", factor=2.0)), ["longrope", "yarn"]),
         (dict(quantization_config="awq"), ["quantised", "'awq'"]),
         (dict(quantization_config=dict(quant_method="exl2")), ["quantised", "exl2", "fp8, awq, gptq"]),
-        (dict(quantization_config=dict(quant_method="fp8")), ["weight_block_size", "[128, 128]"]),
-        (dict(quantization_config=FP8 | dict(weight_block_size=[64, 64])), ["weight_block_size", "[64, 64]"]),
+        (dict(quantization_config=FP8 | dict(weight_block_size=[64])), ["block size", "[64]"]),
         (dict(quantization_config=FP8 | dict(fmt="e5m2")), ["fmt", "e5m2", "e4m3"]),
-        (dict(quantization_config=AWQ | dict(bits=8)), ["bits 8", "awq", "supported: 4"]),
-        (dict(quantization_config=AWQ | dict(group_size=32)), ["group_size 32", "64, 128"]),
+        (dict(quantization_config=AWQ | dict(bits=8)), ["bits", "8", "awq", "4"]),
+        (dict(quantization_config=AWQ | dict(group_size=-2)), ["group_size", "-2"]),
         (dict(quantization_config=AWQ | dict(version="gemv")), ["version", "gemv"]),
-        (dict(quantization_config=AWQ | dict(zero_point=False)), ["zero_point"]),
-        (dict(quantization_config=GPTQ | dict(desc_act=True)), ["desc_act", "gptq"]),
+        (dict(quantization_config=AWQ | dict(zero_point=7)), ["zero_point"]),
+        (dict(quantization_config=GPTQ | dict(bits=3)), ["bits", "gptq"]),
         (dict(quantization_config=GPTQ | dict(checkpoint_format="marlin")), ["checkpoint_format", "marlin"]),
         (dict(eos_token_id="end"), ["eos_token_id"]),
         (dict(num_hidden_layers=5), ["no tensor", "model.layers.3"]),
         (dict(intermediate_size=57), ["experts.0.w1.weight", "[56, 48]", "[57, 48]"]),
         (dict(vocab_size=0), ["vocab_size"]),
         (dict(vocab_size=10**30), ["vocab_size", "absurdly"]),
-        (dict(hidden_size=10**9), ["shape", "1000000000"]),
+        (dict(hidden_size=10**5), ["shape", "100000"]),
         (dict(num_hidden_layers=10**6), ["num_hidden_layers"]),
-        (dict(num_local_experts=10**6), ["gate.weight", "[1000000, 48]"]),
+        (dict(num_local_experts=10**4), ["gate.weight", "[10000, 48]"]),
+        (dict(num_local_experts=10**6), ["num_local_experts", "65536"]),
         (dict(model_type=["mixtral"]), ["model_type"]),
         (dict(model_type={}), ["model_type"]),
         (dict(rms_norm_eps=10**400), ["rms_norm_eps"]),
@@ -220,7 +223,7 @@ GPTQ = dict(quant_method="gptq", bits=4, group_size=128, desc_act=False)
         (dict(rope_parameters=dict(rope_type="default", rope_theta=1.0)), ["rope_theta"]),
         (dict(rope_parameters=dict(rope_type="yarn", factor=2.0, mscale="x")), ["mscale"]),
         (dict(rope_parameters=dict(rope_type="yarn", factor=2.0, truncate="no")), ["truncate"]),
-        (dict(rope_parameters=dict(rope_type="llama3", factor=2.0, low_freq_factor=4.0)), ["low_freq_factor"]),
+        (dict(rope_parameters=dict(rope_type="llama3", factor=2.0, low_freq_factor=4.0)), ["high_freq_factor"]),
         (dict(rope_parameters=dict(full_attention=dict(rope_type="default"))), ["rope_parameters"]),
     ],
 )
@@ -323,7 +326,8 @@ def test_a_missing_tensor(folder: Path) -> None:
     fails(folder, "model.layers.1.block_sparse_moe.experts.5.w2.weight")
 
 
-def test_the_model_is_never_held_twice(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_model_is_never_held_twice(fused: bool, tmp_path: Path) -> None:
     """Peak memory while loading stays within 10 % of the checkpoint, above what the process had before."""
     experts, hidden, inner = 8, 512, 2048
     config = dict(
@@ -351,7 +355,10 @@ def test_the_model_is_never_held_twice(tmp_path: Path) -> None:
         for name in "qkvo":
             tensors[f"{prefix}.self_attn.{name}_proj.weight"] = (hidden, hidden)
         tensors[f"{prefix}.block_sparse_moe.gate.weight"] = (experts, hidden)
-        for expert in range(experts):
+        if fused:
+            tensors[f"{prefix}.mlp.experts.gate_up_proj"] = (experts, 2 * inner, hidden)
+            tensors[f"{prefix}.mlp.experts.down_proj"] = (experts, hidden, inner)
+        for expert in range(0 if fused else experts):
             for name, shape in (("w1", (inner, hidden)), ("w3", (inner, hidden)), ("w2", (hidden, inner))):
                 tensors[f"{prefix}.block_sparse_moe.experts.{expert}.{name}.weight"] = shape
     save_file({name: torch.rand(shape) for name, shape in tensors.items()}, tmp_path / "model.safetensors")
@@ -369,3 +376,54 @@ def test_the_model_is_never_held_twice(tmp_path: Path) -> None:
     size = (tmp_path / "model.safetensors").stat().st_size
     assert size > 400 << 20
     assert int(done.stdout) < 1.1 * size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_without_a_dtype_in_the_config_it_is_that_of_the_weights(folder: Path, dtype: torch.dtype) -> None:
+    """A norm of another type does not count."""
+    rewrite(folder, lambda tensors: tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()}))
+    rewrite(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(48)}))
+    for change in (dict(dtype=None), dict(dtype=None, torch_dtype=None)):
+        config = json.loads((folder / "config.json").read_text()) | change
+        (folder / "config.json").write_text(json.dumps(config))
+        assert ModelFolder(folder).config.dtype == dtype
+    del config["dtype"], config["torch_dtype"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert ModelFolder(folder).config.dtype == dtype
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "generation_config.json"])
+@pytest.mark.parametrize("kind", ["fifo", "folder", "dangling", "loop"])
+def test_special_files_are_not_read(file: str, kind: str, folder: Path) -> None:
+    """A FIFO that nobody writes to would be waited for."""
+    (folder / file).unlink(missing_ok=True)
+    if kind == "fifo":
+        os.mkfifo(folder / file)
+    elif kind == "folder":
+        (folder / file).mkdir()
+    else:
+        (folder / file).symlink_to(folder / (file if kind == "loop" else "nowhere"))
+    fails(folder, file)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "\ud800", "/dev/null", ""])
+def test_names_that_no_folder_has(name: str) -> None:
+    fails(Path(name) if name else Path("/no\x1b[31mwhere"), "no such folder")
+
+
+def test_complaints_are_one_line_of_printable_characters_no_longer_than_a_screen(folder: Path) -> None:
+    index = {"weight_map": {"lm_head.weight": "\x1b[2J\x07" + "x" * 100_000}}
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError) as caught:
+        LLM(folder, device="cpu")
+    message = str(caught.value)
+    assert message.isprintable() and "\\x1b[2J\\x07" in message and len(message) < 2000
+
+
+def test_a_million_layers_that_are_dense(folder: Path) -> None:
+    """Each layer is looked up, not searched for."""
+    raw = json.loads((folder / "config.json").read_text())
+    raw |= dict(model_type="qwen3_moe", moe_intermediate_size=8, num_hidden_layers=MAX_LAYERS)
+    raw |= dict(mlp_only_layers=list(range(1, 10**6)))
+    assert architecture_of(raw).parse(raw).moe_layers == (0,)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from duomoe import LLM, SamplingParams
 from duomoe.experts import predictor_training as training
 from duomoe.experts.predictor import GatePredictor, load_predictor
 from duomoe.experts.replay import decodes_of, replay
-from duomoe.experts.tensor_file import load_tensors
 from duomoe.experts.trace import Recorder, Trace
 from duomoe.llm import EMBEDDED_MODEL
 from duomoe.train_predictor import main
@@ -227,7 +227,7 @@ def test_training_is_repeatable(trace: Path, tmp_path: Path, monkeypatch: pytest
     for name in ("a", "b"):
         torch.manual_seed(ord(name))  # of no account
         assert train(kind, trace, tmp_path / name, "--rank", "7") == 0
-    (one, _), (other, _) = (load_tensors(tmp_path / name, "a predictor") for name in ("a", "b"))
+    one, other = (load_file(tmp_path / name) for name in ("a", "b"))
     assert kind == "history" or one["down"].shape == (8, 7, 224)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
@@ -272,7 +272,7 @@ def test_bad_input(
     for rank in ("0", "-3", "100000", "many"):
         refused(capsys, "--rank", "--trace", str(trace), "--kind", "learned", "--rank", rank, *out)
     refused(capsys, "--kind", "--trace", str(trace), "--kind", "oracle", *out)
-    refused(capsys, "cannot be written", *good, "--out", str(tmp_path))
+    refused(capsys, "is a folder or a special file", *good, "--out", str(tmp_path))
     plain = record(embedded, ["The sea"], tmp_path / "plain", hidden=False, new=3)
     refused(capsys, "--hidden", "--trace", str(plain), "--kind", "learned", *out)
     refused(capsys, "too few prompts", "--trace", str(plain), "--kind", "history", *out)

@@ -40,6 +40,10 @@ class PlainMatrix:
         """Return float32 [outer, inner]."""
         return self.weight.float()
 
+    def finite(self) -> Tensor:
+        """Return whether all values are finite, bool []."""
+        return finite(self.weight)
+
     def row_tensors(self) -> tuple[Tensor, ...]:
         """Return the tensors of a row that hold this matrix: its weights."""
         return (self.weight,)
@@ -69,6 +73,10 @@ class PackedMatrix:
         """Return float32 [outer, inner]."""
         return dequantise(*self.row_tensors(), self.inner)
 
+    def finite(self) -> Tensor:
+        """Return whether all values are finite, bool []."""
+        return finite(self.values())
+
     def row_tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the tensors of a row that hold this matrix: weights, bases and patches."""
         return self.weight, self.bases, self.patches
@@ -86,6 +94,10 @@ class Fp8Matrix:
     weight: Tensor
     scales: Tensor
 
+    def finite(self) -> Tensor:
+        """Return whether all values are finite, bool []: no scale and no weight is NaN or infinity."""
+        return finite(self.scales) & (self.weight.view(torch.uint8) & 0x7F != 0x7F).all()
+
     def values(self) -> Tensor:
         """Return float32 [outer, inner]: weight times scale."""
         return dequantise(self.weight, self.scales.T, None, self.weight.shape[1])
@@ -101,7 +113,7 @@ class Int4Matrix:
 
     Attributes:
         nibbles: uint8 [outer, inner], from 0 to 15.
-        scales: float16 or bfloat16 [outer, groups].
+        scales: of any float type, [outer, groups].
         zeros: uint8 [outer, groups], from 0 to 16.
         group: inputs in a group, the last of which may be shorter.
     """
@@ -110,6 +122,10 @@ class Int4Matrix:
     scales: Tensor
     zeros: Tensor
     group: int
+
+    def finite(self) -> Tensor:
+        """Return whether all values are finite, bool []."""
+        return finite(self.scales)
 
     def values(self) -> Tensor:
         """Return float32 [outer, inner]: (nibble - zero) times scale."""

@@ -14,12 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from duomoe.errors import InputError
-from duomoe.experts.tensor_file import load_tensors, save_tensors
+from duomoe.experts.tensor_file import FileSchema, TensorSchema, save_tensors
 from duomoe.kernels import route
 from duomoe.kernels.admit import ONE, RATE
 from duomoe.models import Model, ModelConfig, Routing
 
 FORMAT = "duomoe-predictor-1"
+
+FILE = FileSchema("a predictor", FORMAT, "train one with python -m duomoe.train_predictor")
+FLOATS = ("F32", "F16", "BF16")
 
 HORIZON = 3
 
@@ -322,27 +325,21 @@ def load_predictor(path: Path, model: Model, fingerprint: str) -> Predictor:
     Raises:
         InputError: when the file is not a predictor, is damaged, or belongs to another model.
     """
-    tensors, metadata = load_tensors(path, "a predictor")
+    metadata = FILE.metadata(path)
     kind = KINDS.get(metadata.get("kind", ""))
-    if metadata.get("format") != FORMAT or kind is None:
-        raise InputError(f"{path}: not a predictor; make one with python -m duomoe.train_predictor")
+    if kind is None:
+        raise InputError(f"{path}: not a predictor of a known kind; {FILE.remedy}")
     if metadata.get("fingerprint") != fingerprint:
         raise InputError(
             f"{path}: a predictor of another model; train one for this model with python -m duomoe.train_predictor"
         )
-    _check(path, tensors, kind.SHAPES, model.config)
-    return kind.of_tensors(model, tensors)
-
-
-def _check(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[str, ...]], c: ModelConfig) -> None:
-    """Check that all tensors are there, finite, and of shapes that agree with the model and with each other."""
+    c = model.config
     sizes = {"layers": len(c.moe_layers), "experts": c.num_experts, "hidden": c.hidden_size}
-    for name, shape in shapes.items():
-        tensor = tensors.get(name)
-        if tensor is None or tensor.dim() != len(shape) or not tensor.is_floating_point():
-            raise InputError(f"{path}: a damaged predictor: {name} is missing or malformed; train it again")
-        agrees = all(sizes.setdefault(dim, size) == size for dim, size in zip(shape, tensor.shape, strict=True))
-        if not agrees or not bool(tensor.isfinite().all()):
-            raise InputError(f"{path}: a damaged predictor: {name} does not fit the model; train it again")
-    if not (1 <= sizes["horizon"] <= HORIZON and c.top_k <= sizes["width"] <= c.num_experts):
-        raise InputError(f"{path}: a damaged predictor: reliability does not fit the model; train it again")
+    tensors = FILE.load(path, {name: TensorSchema(FLOATS, dims) for name, dims in kind.SHAPES.items()}, sizes)
+    horizon, _, width = tensors["reliability"].shape
+    if not (1 <= horizon <= HORIZON and c.top_k <= width <= c.num_experts):
+        raise FILE.damaged(path, "reliability does not fit the model")
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise FILE.damaged(path, f"{name} holds NaN or infinity")
+    return kind.of_tensors(model, tensors)

@@ -84,7 +84,7 @@ def check(trace: Trace, model: Model, needs_hidden: bool) -> None:
     whole = (
         trace.experts.shape == (tokens, len(c.moe_layers), c.top_k)
         and trace.request.shape == trace.position.shape == trace.decode.shape == (tokens,)
-        and trace.decode.dtype == torch.bool
+        and trace.num_experts == c.num_experts
         and bool(((trace.experts >= 0) & (trace.experts < c.num_experts)).all())
     )
     if trace.hidden is not None:

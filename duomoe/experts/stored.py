@@ -1,44 +1,18 @@
-"""Matrices as checkpoints store them: plain, fp8 in blocks, AWQ or GPTQ; and an expert's row filled from them.
+"""The matrices of a checkpoint, whatever they are stored as, and an expert's row filled from them."""
 
-A matrix that a family's sources call `X.weight` is, by method,
-
-- fp8 (DeepSeek's layout): `X.weight` F8_E4M3 [out, in] and `X.weight_scale_inv` [out blocks, in blocks];
-- awq (AutoAWQ's GEMM layout): `X.qweight` I32 [in, out / 8], `X.qzeros` I32 [groups, out / 8] and `X.scales`
-  [groups, out]; an integer holds outputs 0, 2, 4, 6, 1, 3, 5, 7 of eight, from its lowest four bits up;
-- gptq (AutoGPTQ's layout): `X.qweight` I32 [in / 8, out], eight inputs in an integer, `X.qzeros` and `X.scales` as
-  before, but eight outputs in order, and `X.g_idx`, each input's group. Zero points are stored less one, unless the
-  checkpoint's format is gptq_v2.
-
-Layers that a checkpoint does not quantise have a plain `X.weight`: what is there decides, not the config's list.
-"""
-
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from duomoe.checkpoint import STORED_DTYPES, Checkpoint, finite
+from duomoe.checkpoint import Checkpoint, finite
 from duomoe.errors import InputError
 from duomoe.experts.format import ExpertFormat
-from duomoe.experts.matrix import (
-    Fp8Matrix,
-    Int4Matrix,
-    Matrix,
-    PackedMatrix,
-    PlainMatrix,
-    Require,
-    at_once,
-)
-from duomoe.kernels.quantised import FP8_BLOCK
-from duomoe.models.config import Quantization
+from duomoe.experts.layouts import Expected, Form, Layout, Shape, layout_of
+from duomoe.experts.matrix import Matrix, PackedMatrix, PlainMatrix, Require, at_once
+from duomoe.models.quantization import Quantization
 from duomoe.models.weights import Sources
-
-# Which of eight outputs each four bits of an AWQ integer hold, and each four bits of a GPTQ one.
-AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-GPTQ_ORDER = (0, 1, 2, 3, 4, 5, 6, 7)
-
-Expected = tuple[tuple[int, ...], tuple[str, ...]]  # a stored tensor's shape, and the dtypes that are read
 
 
 @dataclass
@@ -48,7 +22,7 @@ class Filled:
     Attributes:
         squared_error: of quantised values, from those they were made of, summed; 0 where none were quantised.
         squared_norm: of the latter.
-        not_finite: the names of plain matrices with values that are NaN or infinity.
+        not_finite: the names of matrices with values that are NaN or infinity.
     """
 
     squared_error: float = 0.0
@@ -82,54 +56,44 @@ class StoredMatrices:
     def __init__(self, checkpoint: Checkpoint, quantization: Quantization | None) -> None:
         self.checkpoint = checkpoint
         self.quantization = quantization
+        self._in_order: dict[str, bool] = {}
 
-    def tensors(self, name: str, shape: tuple[int, ...]) -> dict[str, Expected]:
-        """Return what a parameter `name` (X.weight) of a shape is stored as, in the order that `read` takes."""
-        floats = tuple(STORED_DTYPES)
-        prefix, found = name.removesuffix(".weight"), self.checkpoint.tensors
-        if self.quantization is None or len(shape) != 2:
-            return {name: (shape, floats)}
-        group, (outer, inner) = self.quantization.group_size, shape
-        if self.quantization.method == "fp8":
-            if name in found and found[name].dtype in floats:
-                return {name: (shape, floats)}
-            blocks = (-(-outer // FP8_BLOCK), -(-inner // FP8_BLOCK))
-            return {name: (shape, ("F8_E4M3",)), f"{prefix}.weight_scale_inv": (blocks, floats)}
-        if name in found:
-            return {name: (shape, floats)}
-        groups = -(-inner // group)
-        awq = self.quantization.method == "awq"
-        if outer % 8 or (inner % 8 and not awq):
-            raise InputError(
-                f"{self.checkpoint.path}: {prefix}.qweight cannot hold shape {list(shape)}, eight by eight"
-            )
-        weight = (inner, outer // 8) if awq else (inner // 8, outer)
-        tensors: dict[str, Expected] = {
-            f"{prefix}.qweight": (weight, ("I32",)),
-            f"{prefix}.qzeros": ((groups, outer // 8), ("I32",)),
-            f"{prefix}.scales": ((groups, outer), ("F16", "BF16")),
-        }
-        if f"{prefix}.g_idx" in found:
-            tensors[f"{prefix}.g_idx"] = ((inner,), ("I32",))
-        return tensors
+    def layout(self, name: str, shape: Shape) -> Layout:
+        """Return how a parameter `name` (X.weight) of a shape is stored.
 
-    def is_quantised(self, name: str, shape: tuple[int, ...]) -> bool:
+        Raises:
+            InputError: when it cannot be stored so.
+        """
+        try:
+            return layout_of(name, shape, self.quantization, self.checkpoint.tensors, self._is_in_order)
+        except InputError as error:
+            raise InputError(f"{self.checkpoint.path}: {error}") from None
+
+    def _is_in_order(self, name: str, group: int) -> bool:
+        """Return whether a tensor that says each input's group names them one after the other."""
+        if name not in self._in_order:
+            stored = self.checkpoint.tensors[name]
+            if stored.dtype != "I32" or len(stored.shape) != 1:
+                return True  # of which `check` complains
+            group_of = self.checkpoint.read(name)
+            self._in_order[name] = torch.equal(group_of, torch.arange(len(group_of), dtype=torch.int32) // group)
+        return self._in_order[name]
+
+    def tensors(self, name: str, shape: Shape) -> Mapping[str, Expected]:
+        """Return what a parameter is stored as, in the order that `read` takes."""
+        return self.layout(name, shape).parts
+
+    def is_quantised(self, name: str, shape: Shape) -> bool:
         """Return whether a parameter is stored as more than its values."""
         return len(self.tensors(name, shape)) > 1
 
-    def size(self, name: str, shape: tuple[int, ...]) -> int:
+    def size(self, name: str, shape: Shape) -> int:
         """Return the bytes of what a parameter is stored as."""
         return sum(self.checkpoint.tensors[part].size for part in self.tensors(name, shape))
 
-    def form(self, name: str, shape: tuple[int, ...]) -> tuple[str, torch.dtype]:
-        """Return the form of a matrix that has been through `check` ('plain', 'fp8', 'int4'), and its scales' dtype.
-
-        A plain matrix's own dtype does not matter, nor that of the scales of an fp8 one: float32 holds them all.
-        """
-        names = list(self.tensors(name, shape))
-        if len(names) < 3:
-            return ("fp8" if len(names) == 2 else "plain"), torch.float32
-        return "int4", STORED_DTYPES[self.checkpoint.tensors[names[2]].dtype]
+    def form(self, name: str, shape: Shape) -> Form:
+        """Return what a matrix that has been through `check` may be in a row without losing anything."""
+        return self.layout(name, shape).form
 
     def check(self, expected: Iterable[tuple[str, tuple[int, ...]]]) -> None:
         """Check that every expected tensor is there, in the shapes and types of its method.
@@ -158,40 +122,42 @@ class StoredMatrices:
         """
         return [self.checkpoint.read(each) for each in self.tensors(name, shape)]
 
-    def matrix(self, name: str, shape: tuple[int, ...], parts: list[Tensor], require: Require = at_once) -> Matrix:
+    def matrix(self, name: str, shape: Shape, parts: list[Tensor], require: Require = at_once) -> Matrix:
         """Return the matrix that `read` has read, where its parts are by now.
 
         Args:
             name: of the parameter.
             shape: of it.
             parts: what was read, in that order.
-            require: is asked that scales are finite, and that a GPTQ matrix has its inputs in order; else InputError.
+            require: is asked what must hold of its layout (layouts.py), else InputError.
         """
-        if len(parts) == 1:
-            return PlainMatrix(parts[0])
-        assert self.quantization is not None
-        path, scales = self.checkpoint.path, parts[1 if len(parts) == 2 else 2]
-        require(finite(scales), InputError(f"{path}: the scales of {name} are NaN or infinity"))
-        if self.quantization.method == "fp8":
-            return Fp8Matrix(parts[0], scales.float())
-        group, inner = self.quantization.group_size, shape[1]
-        weight, zeros, *groups_of = parts[0], parts[1], *parts[3:]
-        for group_of in groups_of:
-            in_order = torch.arange(inner, device=weight.device) // group
-            problem = f"{path}: {name} is quantised in another order (desc_act), which is not supported"
-            require((group_of == in_order).all(), InputError(problem))
-        order = AWQ_ORDER if self.quantization.method == "awq" else GPTQ_ORDER
-        nibbles = _unpack(weight, order).T if order is AWQ_ORDER else _unpack(weight.T, order)
-        zero = _unpack(zeros, order).T + self.quantization.zero_offset
-        return Int4Matrix(nibbles, scales.T, zero, group)
 
+        def require_of_file(holds: Tensor, problem: Exception) -> None:
+            require(holds, InputError(f"{self.checkpoint.path}: {problem}"))
 
-def _unpack(packed: Tensor, order: Sequence[int]) -> Tensor:
-    """Return the four-bit numbers in int32 [rows, columns] as uint8 [rows, 8 * columns]; `order` is that of eight."""
-    found = torch.empty(*packed.shape, 8, dtype=torch.uint8, device=packed.device)
-    for position, place in enumerate(order):
-        found[..., place] = packed >> (4 * position) & 15
-    return found.flatten(1)
+        return self.layout(name, shape).matrix(parts, require_of_file)
+
+    def read_into(self, name: str, destination: Tensor) -> bool:
+        """Fill a tensor with the values of a parameter; those of a quantised one are worked out on the host.
+
+        On a GPU, several at a time would take more memory than is planned.
+
+        Args:
+            name: of the parameter.
+            destination: contiguous and of its shape, on any device and of any float type.
+
+        Returns:
+            Whether all values there are finite.
+
+        Raises:
+            InputError: when reading fails, or what is stored contradicts the config.
+        """
+        shape = tuple(destination.shape)
+        if not self.is_quantised(name, shape):
+            return self.checkpoint.read_into(name, destination)
+        values = self.matrix(name, shape, self.read(name, shape)).values()
+        destination.copy_(values)
+        return bool(finite(values.to(destination.dtype)))  # host-sync ok: is on the host
 
 
 @dataclass(frozen=True)
@@ -223,7 +189,7 @@ def places(sources: Mapping[str, Sources]) -> list[Place]:
 
 
 class NotFinite(Exception):
-    """A plain matrix holds NaN or infinity, which is warned of."""
+    """A matrix holds NaN or infinity, which is warned of."""
 
 
 def fill(
@@ -242,15 +208,13 @@ def fill(
         place: the matrix, and where it belongs.
         parts: what `StoredMatrices.read` has read of it, on any device by now.
         row: uint8 [row_bytes], on any device.
-        require: is asked what `StoredMatrices.matrix` and `ExpertFormat.write` ask, and that a plain matrix is finite
+        require: is asked what `StoredMatrices.matrix` and `ExpertFormat.write` ask, and that a matrix is finite
             (NotFinite).
 
     Returns:
         Where it is quantised by that, float64 [2]: the square of what it has lost, and of what it was; else None.
     """
     matrix = stored.matrix(place.source, place.shape, parts, require)
-    if isinstance(matrix, PlainMatrix):
-        require(finite(matrix.weight), NotFinite(place.source))
 
     def require_of_source(holds: Tensor, problem: Exception) -> None:
         named = InputError(f"{stored.checkpoint.path}: {place.source} {problem}")
@@ -258,6 +222,8 @@ def fill(
 
     views = {name: view[0] for name, view in expert_format.views(row[None]).items()}
     converted = expert_format.write(matrix, views, place.name, place.index, place.count, require_of_source)
+    # A plain row may have no room for what is finite elsewhere.
+    require((converted if isinstance(converted, PlainMatrix) else matrix).finite(), NotFinite(place.source))
     if converted is matrix or isinstance(converted, PlainMatrix | PackedMatrix):
         return None
     values = matrix.values()

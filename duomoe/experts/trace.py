@@ -13,6 +13,7 @@ A trace is a safetensors file:
 Its metadata has `format` ("duomoe-trace-1"), `fingerprint` of the model and `num_experts`.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +21,20 @@ import torch
 from torch import Tensor
 
 from duomoe.errors import InputError
-from duomoe.experts.tensor_file import load_tensors, save_tensors
+from duomoe.experts.tensor_file import FileSchema, TensorSchema, save_tensors
 from duomoe.models import Routing
 
 FORMAT = "duomoe-trace-1"
+
+FILE = FileSchema("a trace", FORMAT, "make one with python -m duomoe.trace")
+
+TENSORS = {
+    "experts": TensorSchema(("I16",), ("tokens", "layers", "top_k")),
+    "request": TensorSchema(("I32",), ("tokens",)),
+    "position": TensorSchema(("I32",), ("tokens",)),
+    "decode": TensorSchema(("BOOL",), ("tokens",)),
+    "hidden": TensorSchema(("BF16",), ("tokens", "layers", "hidden"), required=False),
+}
 
 
 @dataclass(frozen=True)
@@ -57,12 +68,14 @@ class Trace:
         Raises:
             InputError: when it is not a trace, or one of another model than that of the fingerprint.
         """
-        tensors, metadata = load_tensors(path, "a trace")
-        if metadata.get("format") != FORMAT or not {"experts", "request", "position", "decode"} <= tensors.keys():
-            raise InputError(f"{path}: not a trace; make one with python -m duomoe.trace")
+        metadata = FILE.metadata(path)
         if metadata.get("fingerprint") != fingerprint:
             raise InputError(f"{path}: a trace of another model; make one of this model with python -m duomoe.trace")
-        return Trace(fingerprint, int(metadata["num_experts"]), **tensors)
+        tensors = FILE.load(path, TENSORS, {})
+        experts = metadata.get("num_experts", "")
+        if not re.fullmatch(r"[1-9][0-9]{0,4}", experts):
+            raise FILE.damaged(path, "its metadata do not say how many experts there are")
+        return Trace(fingerprint, int(experts), **tensors)
 
 
 class Recorder:

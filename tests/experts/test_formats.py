@@ -1,6 +1,7 @@
 """Formats of experts: from a checkpoint's tensors into rows, and what rows are worth."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from compressed_tensors.entrypoints.convert.converters import AutoAWQConverter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from stored_cases import Stored, awq, fp8, generator, gptq, plain
+from stored_cases import Stored, awq, fp8, generator, gptq, pack_quantized, plain, scaled
 from torch import Tensor
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
@@ -113,6 +114,22 @@ CASES = {
 MADE_ON_A_GPU = CASES | {
     "quantised to fp8": (None, plain, fp8_format),
     "quantised to int4": (None, plain, lambda *shape: int4_format(*shape, 128, torch.float16)),
+    "compressed-tensors": (
+        Quantization("packed", 4, block=(1, 0), symmetric=False),
+        lambda *args: pack_quantized(*args, symmetric=False, group=0),
+        lambda *shape: int4_format(*shape, 128, torch.bfloat16),
+    ),
+    "fp8 of one scale": (Quantization("scaled"), lambda *args: scaled(*args, scale_shape="one"), fp8_format),
+    "fp8 per channel packed": (
+        Quantization("scaled", block=(1, 0)),
+        lambda *args: scaled(*args, block=(1, 0), scale_dtype=torch.bfloat16),
+        packed_format,
+    ),
+    "gptq of 8 bits made plain": (
+        Quantization("gptq", 8, block=(1, 32), zero_offset=1),
+        lambda *args: gptq(*args, group=32, bits=8),
+        lambda *shape: plain_format(*shape, torch.bfloat16),
+    ),
 }
 
 
@@ -376,14 +393,13 @@ def broken(layer: Layer, quantization: Quantization | None, expert_format: Exper
     [
         ("fp8", "weight_scale_inv", None, ["no tensor"]),
         ("fp8", "weight_scale_inv", lambda t: t[:, :1].contiguous(), ["[1, 1]", "[1, 2]"]),
-        ("fp8", "weight_scale_inv", lambda t: t * float("nan"), ["scales", "up_proj.weight"]),
         ("fp8", "weight", lambda t: t.to(torch.float8_e5m2), ["F8_E5M2", "F8_E4M3"]),
         ("awq", "scales", None, ["no tensor"]),
-        ("awq", "scales", lambda t: t.float(), ["F32", "F16"]),
+        ("awq", "scales", lambda t: t.int(), ["I32", "F16"]),
         ("awq", "qzeros", lambda t: t[:1].contiguous(), ["[1, 9]", "[4, 9]"]),
         ("awq", "qweight", lambda t: t.T.contiguous(), ["[9, 200]", "[200, 9]"]),
         ("gptq", "qweight", lambda t: t.long(), ["I64", "I32"]),
-        ("gptq", "g_idx", lambda t: t.flip(0).contiguous(), ["desc_act", "up_proj.weight"]),
+        ("gptq", "g_idx", lambda t: t.flip(0).contiguous(), ["desc_act", "order", "up_proj.weight"]),
     ],
 )
 def test_tensors_that_do_not_fit(
@@ -397,6 +413,40 @@ def test_tensors_that_do_not_fit(
         layer.tensors[name] = change(layer.tensors[name])
     expected = [name] if part in ("weight_scale_inv", "scales") and change is None else ["experts.1.up_proj"]
     broken(layer, quantization, format_of(200, 72), *words, *expected)
+
+
+@pytest.mark.parametrize(
+    ("case", "part", "change"),
+    [
+        ("fp8", "weight_scale_inv", lambda t: t * float("nan")),
+        ("fp8", "weight", lambda t: torch.full_like(t.view(torch.uint8), 0x7F).view(t.dtype)),
+        ("fp8", "weight", lambda t: torch.full_like(t.view(torch.uint8), 0xFF).view(t.dtype)),
+        ("awq", "scales", lambda t: t * float("inf")),
+        ("gptq", "scales", lambda t: t * float("nan")),
+    ],
+)
+@pytest.mark.parametrize("plainly", [False, True])
+def test_quantised_matrices_that_are_not_finite_are_named(
+    case: str, part: str, change: Callable[[Tensor], Tensor], plainly: bool, tmp_path: Path
+) -> None:
+    quantization, make, format_of = CASES[case]
+    layer, name = Layer(tmp_path, make, 200, 72), f"experts.1.up_proj.{part}"
+    layer.tensors[name] = change(layer.tensors[name])
+    expert_format = plain_format(200, 72, torch.float32) if plainly else format_of(200, 72)
+    filled = fill_rows(layer.stored(quantization), expert_format, layer.sources, layer.rows(expert_format))
+    assert filled.not_finite == ["experts.1.up_proj.weight"]
+
+
+@pytest.mark.parametrize(("quantization", "less"), [(GPTQ, 0), (GPTQ_V2, 1)])
+def test_zero_points_of_the_other_version_of_gptq_are_noticed(
+    quantization: Quantization, less: int, tmp_path: Path
+) -> None:
+    layer = Layer(tmp_path, lambda *args: gptq(*args, symmetric=True, less=less), 200, 72)
+    other = "gptq" if less else "gptq_v2"
+    broken(layer, quantization, int4_format(200, 72, 64, torch.float16), "checkpoint_format", f"format {other},")
+    asymmetric = replace(quantization, symmetric=False)  # then they may be so by chance
+    expert_format = int4_format(200, 72, 64, torch.float16)
+    fill_rows(layer.stored(asymmetric), expert_format, layer.sources, layer.rows(expert_format))
 
 
 def test_shapes_that_int4_cannot_hold(tmp_path: Path) -> None:

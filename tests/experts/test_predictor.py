@@ -253,7 +253,9 @@ def test_a_damaged_predictor_is_refused(model: Model, tmp_path: Path, kind: str)
             if tensor is not None and (name, kind) == ("reliability", "gate") and tensor.dim() == 3:
                 continue  # the gate's only tensor may be narrower, or of a shorter horizon
             save_predictor(tmp_path / "p", kind, "abc", rest if tensor is None else rest | {name: tensor})
-            with pytest.raises(InputError, match=f"damaged predictor: {name if tensor is None else ''}"):
+            with pytest.raises(
+                InputError, match=f"damaged, or a predictor of another model: {name if tensor is None else ''}"
+            ):
                 load_predictor(tmp_path / "p", model, "abc")
 
 

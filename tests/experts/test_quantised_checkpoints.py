@@ -212,7 +212,6 @@ def test_bad_input_is_one_line(quantised: Callable[[str, str], Made], tmp_path: 
             assert word in str(caught.value)
 
     fails({name: t for name, t in tensors.items() if name != f"{prefix}.scales"}, "no tensor", f"{prefix}.scales")
-    fails(tensors | {f"{prefix}.scales": tensors[f"{prefix}.scales"] * float("inf")}, "scales", f"{prefix}.weight")
     fails(tensors, "--expert-dtype", "'int3'", expert_dtype="int3")
     fails(tensors, "stored quantised", "--expert-dtype", expert_dtype="bf16-packed", dtype="bfloat16")
     mixed = {name: t for name, t in tensors.items() if not name.startswith(f"{prefix}.")}
@@ -221,3 +220,30 @@ def test_bad_input_is_one_line(quantised: Callable[[str, str], Made], tmp_path: 
     assert LLM(folder, device="cpu", expert_dtype="int4").quantisation_errors[1] > 0
     mixed[f"{prefix}.weight"][3, 5] = float("nan")
     fails(mixed, f"{prefix}.weight", "NaN", expert_dtype="int4")
+
+
+def test_quantised_weights_that_are_not_finite_are_warned_about(
+    quantised: Callable[[str, str], Made], tmp_path: Path
+) -> None:
+    """Of experts and of others."""
+    shutil.copytree(quantised("mixtral", "awq")[0], folder := tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    for name in ("model.layers.1.block_sparse_moe.experts.3.w2", "model.layers.1.self_attn.q_proj"):
+        broken = {f"{name}.scales": tensors[f"{name}.scales"] * float("inf")}
+        save_file(tensors | broken, folder / "model.safetensors")
+        with pytest.warns(RuntimeWarning, match=rf"{name}\.weight holds NaN or infinity"):
+            LLM(folder, device="cpu")
+
+
+def test_quantised_values_that_overflow_a_plain_row_are_warned_about(
+    quantised: Callable[[str, str], Made], tmp_path: Path
+) -> None:
+    shutil.copytree(quantised("mixtral", "awq")[0], folder := tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.block_sparse_moe.experts.3.w2"
+    save_file(
+        tensors | {f"{name}.scales": torch.full_like(tensors[f"{name}.scales"], 3e4)}, folder / "model.safetensors"
+    )
+    with pytest.warns(RuntimeWarning, match=rf"{name}\.weight holds NaN or infinity"):
+        LLM(folder, device="cpu", dtype="float16", expert_dtype="plain")
+    LLM(folder, device="cpu", dtype="float16")
