@@ -6,8 +6,9 @@ import os
 import secrets
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +56,7 @@ class LLM:
 
     Attributes:
         startup: how long the parts of starting have taken.
+        generation_config: what the checkpoint suggests for sampling; here only its end-of-sequence tokens are heeded.
 
     Raises:
         InputError: when the folder cannot be used, or the options cannot be met.
@@ -85,8 +87,8 @@ class LLM:
             folder = path if isinstance(path, ModelFolder) else ModelFolder(path)
             self.plan = self.engine_config.plan(folder)
             self.tokenizer = folder.tokenizer
-            generation = folder.checkpoint.read_json("generation_config.json") or {}
-        also = token_ids(generation.get("eos_token_id"), "generation_config.json")
+            self.generation_config = folder.checkpoint.read_json("generation_config.json") or {}
+        also = token_ids(self.generation_config.get("eos_token_id"), "generation_config.json")
         self.config = folder.config
         self.eos_token_ids = frozenset(self.config.eos_token_ids) | frozenset(also)
         self._folder = folder
@@ -276,6 +278,30 @@ class LLM:
         except torch.OutOfMemoryError:
             size = format_size(len(checked) * self.config.vocab_size * 4)
             raise InputError(f"the GPU's memory does not hold {size} of logits; give a shorter prompt") from None
+
+    def check(self) -> None:
+        """Raise unless requests can still be served; returns at once.
+
+        Raises:
+            RuntimeError: when the model is closed, its thread has ended, or it was loaded in another process.
+        """
+        self._thread.check()
+
+    def between_steps(self, look: Callable[[Engine], None]) -> None:
+        """Have the engine looked at by its own thread between two steps; returns at once.
+
+        Args:
+            look: must raise nothing, or all requests end with its error. Not called where the model is closed.
+        """
+        self._thread.send(look)
+
+    def tokenizer_config(self) -> dict[str, Any]:
+        """Return the checkpoint's tokenizer_config.json; empty where there is none.
+
+        Raises:
+            InputError: when it cannot be read.
+        """
+        return self._folder.checkpoint.read_json("tokenizer_config.json") or {}
 
     def fingerprint(self) -> str:
         """Return what tells this model from any other, a hash of its routers; traces and predictors carry it."""
