@@ -29,9 +29,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add_running_options(p)
     serving = p.add_argument_group("serving")
-    serving.add_argument(
-        "--host", default="127.0.0.1", help="address to listen at (default: %(default)s)"
-    )
+    serving.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
     serving.add_argument("--port", type=int, default=8000, help="0 takes any that is free (default: %(default)s)")
     serving.add_argument(
         "--served-model-name",

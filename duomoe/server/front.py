@@ -52,7 +52,8 @@ class Front:
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"")
         number = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(16).encode()
-        scope["state"] = state = {"watch": Watch(self._metrics), "tenant": b"", "error": None}
+        state: dict[str, Any] = {"watch": Watch(self._metrics), "tenant": b"", "error": None}
+        scope["state"] = state
         scope["app"] = self  # or else the router answers by itself what it has no route for
         status = 0
 
@@ -74,9 +75,9 @@ class Front:
             if not status:
                 await _send_error(error, send_on)
             # Else the answer stays incomplete, and the server closes the connection.
-        if (error := state["error"]) is not None:
-            self._metrics.refuse(_api_error(error).status)
-            _say_failure(error, number.decode())
+        if state["error"] is not None:
+            self._metrics.refuse(_api_error(state["error"]).status)
+            _say_failure(state["error"], number.decode())
         if self._log is not None:
             self._log.write(_line(scope, status, number.decode()))
 

@@ -1,5 +1,6 @@
 """From what a client asks for to `SamplingParams`; the one place where the two meet."""
 
+import importlib
 import re
 from collections.abc import Mapping
 from dataclasses import fields
@@ -66,7 +67,7 @@ def sampling_params(sampling: Sampling, defaults: Mapping[str, Any], longest: in
 def _grammar(wanted: GrammarSource) -> Any:
     """Return what an answer has to follow, as the engine takes it."""
     try:
-        from duomoe.grammar import Grammar
+        Grammar = importlib.import_module("duomoe.grammar").Grammar
     except ImportError:
         raise invalid("response_format is not supported here", "response_format", "unsupported") from None
     if wanted.kind == "json_object":
