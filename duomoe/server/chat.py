@@ -44,9 +44,10 @@ class ChatAnswer(Answer):
     def choice(self, index: int, completion: Completion) -> dict[str, Any]:
         """Return a whole choice."""
         deltas = list(self._deltas(index, completion.text, last=True))
-        content = "".join(delta.content for delta in deltas)
-        reasoning = "".join(delta.reasoning for delta in deltas)
-        calls = _calls(deltas)
+        content, reasoning = (
+            "".join(delta.text for delta in deltas if delta.kind == kind) for kind in ("content", "reasoning")
+        )
+        calls = _calls(delta for delta in deltas if delta.kind == "call")
         message: dict[str, Any] = {"role": "assistant", "content": content if content or not calls else None}
         if reasoning:
             message["reasoning_content"] = reasoning
@@ -63,8 +64,8 @@ class ChatAnswer(Answer):
         """Take some text apart; calls after the first are left out where only one is wanted."""
         parser = self._parsers[index]
         for delta in [*parser.push(text), *(parser.finish() if last else [])]:
-            if delta.call is not None:
-                if self._request.one_call and delta.call.index > 0:
+            if delta.kind == "call":
+                if self._request.one_call and delta.index > 0:
                     continue
                 self._called[index] = True
             yield delta
@@ -81,20 +82,26 @@ def _piece(index: int, delta: dict[str, Any]) -> dict[str, Any]:
 
 def _delta(delta: Delta) -> dict[str, Any]:
     """Return a delta as clients read it."""
-    if delta.call is None:
-        return {"reasoning_content": delta.reasoning} if delta.reasoning else {"content": delta.content}
-    call = delta.call
-    function = {"arguments": call.arguments}
-    if call.name is None:
-        return {"tool_calls": [{"index": call.index, "function": function}]}
-    begun = {"index": call.index, "id": call.id, "type": "function", "function": {"name": call.name} | function}
-    return {"tool_calls": [begun]}
+    if delta.kind == "content":
+        return {"content": delta.text}
+    if delta.kind == "reasoning":
+        return {"reasoning_content": delta.text}
+    if not delta.name:
+        return {"tool_calls": [{"index": delta.index, "function": {"arguments": delta.text}}]}
+    return {"tool_calls": [{"index": delta.index} | _begun(delta)]}
+
+
+def _begun(call: Delta) -> dict[str, Any]:
+    """Return a call as far as its first delta has it."""
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.text}}
 
 
 def _calls(deltas: Iterable[Delta]) -> list[dict[str, Any]]:
-    """Return the calls that pieces add up to."""
+    """Return the calls that deltas add up to, in order."""
     calls: dict[int, dict[str, Any]] = {}
-    for piece in (delta.call for delta in deltas if delta.call is not None):
-        empty = {"id": piece.id, "type": "function", "function": {"name": piece.name, "arguments": ""}}
-        calls.setdefault(piece.index, empty)["function"]["arguments"] += piece.arguments
-    return [calls[index] for index in sorted(calls)]
+    for delta in deltas:
+        if delta.index in calls:
+            calls[delta.index]["function"]["arguments"] += delta.text
+        else:
+            calls[delta.index] = _begun(delta)
+    return list(calls.values())

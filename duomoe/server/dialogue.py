@@ -1,6 +1,7 @@
 """Conversations to tokens, and what a model writes back to content, reasoning and tool calls."""
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -9,33 +10,49 @@ from duomoe.server.errors import invalid
 from duomoe.server.protocol import Conversation
 
 
-@dataclass(frozen=True)
-class ToolPiece:
-    """A part of a tool call: the first one of a call has its id and name, all may have some of its arguments."""
+class Delta(Protocol):
+    """A piece of an answer: content, reasoning, or a part of a call of a tool."""
 
-    index: int
-    id: str | None
-    name: str | None
-    arguments: str
+    @property
+    def kind(self) -> str:
+        """One of "content", "reasoning" and "call"."""
 
+    @property
+    def text(self) -> str:
+        """Of content or reasoning; of a call, a part of its arguments."""
 
-@dataclass(frozen=True)
-class Delta:
-    """What some text adds to an answer: one of these."""
+    @property
+    def index(self) -> int:
+        """Which of the answer's calls it is."""
 
-    content: str = ""
-    reasoning: str = ""
-    call: ToolPiece | None = None
+    @property
+    def id(self) -> str:
+        """Of the call."""
+
+    @property
+    def name(self) -> str:
+        """Of the function that is called; empty in what continues a call."""
 
 
 class Parser(Protocol):
     """Takes an answer apart as it comes."""
 
-    def push(self, text: str) -> Iterable[Delta]:
+    def push(self, text: str) -> Sequence[Delta]:
         """Return what is certain now."""
 
-    def finish(self) -> Iterable[Delta]:
+    def finish(self) -> Sequence[Delta]:
         """Return what was held back."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Content."""
+
+    text: str
+    kind: str = "content"
+    index: int = 0
+    id: str = ""
+    name: str = ""
 
 
 class PlainText:
@@ -43,7 +60,7 @@ class PlainText:
 
     def push(self, text: str) -> list[Delta]:
         """Return the text as content."""
-        return [Delta(content=text)] if text else []
+        return [Text(text)] if text else []
 
     def finish(self) -> list[Delta]:
         """Return nothing: no text is held back."""
@@ -55,10 +72,14 @@ class Dialogue:
 
     Args:
         llm: has the tokenizer, and the chat template.
+
+    Attributes:
+        stop: strings that end an answer, besides those that a client names.
     """
 
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
+        self.stop: tuple[str, ...] = getattr(llm, "chat_stop", ())
 
     def tokens(self, conversation: Conversation) -> list[int]:
         """Return the prompt for the next message of a conversation.
@@ -66,6 +87,10 @@ class Dialogue:
         Raises:
             InputError: when there is no chat template, or it cannot be rendered.
         """
+        make: Any = self._llm.chat_tokens
+        if "messages" in inspect.signature(make).parameters:
+            tokens: list[int] = make(conversation.messages, conversation.tools, conversation.template_kwargs)
+            return tokens
         texts = [message.get("content") for message in conversation.messages]
         single = len(texts) == 1 and isinstance(texts[0], str) and conversation.messages[0]["role"] == "user"
         if not single or conversation.tools or conversation.template_kwargs:
@@ -75,7 +100,3 @@ class Dialogue:
     def parser(self, conversation: Conversation) -> Parser:
         """Return what takes an answer to this conversation apart."""
         return PlainText()
-
-    def template(self) -> Any:
-        """Return the chat template's text, or None where the checkpoint has none."""
-        return None

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from duomoe.engine.stream import Stream
@@ -67,7 +68,9 @@ class ServedModel:
         request = parse_chat(parse_object(body))
         name = self.service.check_name(request.model)
         prompts = [self.dialogue.tokens(request.conversation)]
-        streams = self._submit(prompts, request.sampling, _salt(tenant, request.salt))
+        stop = (*request.sampling.options.get("stop", ()), *self.dialogue.stop)
+        sampling = replace(request.sampling, options=request.sampling.options | {"stop": stop})
+        streams = self._submit(prompts, sampling, _salt(tenant, request.salt))
         return Generation(request, name, prompts, streams)
 
     def answer(self, generation: Generation[Any]) -> Answer:

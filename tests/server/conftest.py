@@ -11,10 +11,15 @@ from duomoe import LLM
 from duomoe.model_folder import EMBEDDED_MODEL
 
 # A transcript. The model has learned no conversations: this only has to be rendered.
-TEMPLATE = (
-    "{%- for message in messages -%}{{ message.role | upper }}\n{{ message.content }}\n\n{% endfor -%}"
-    "{%- if add_generation_prompt -%}ASSISTANT\n{%- endif -%}"
-)
+TEMPLATE = """\
+{%- for message in messages %}
+{{ message.role | upper }}
+{{ (message.content or '') | trim }}
+
+{% endfor %}
+{%- if add_generation_prompt -%}
+ASSISTANT
+{% endif %}"""
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for file in EMBEDDED_MODEL.iterdir():
         if file.is_file():
             (path / file.name).symlink_to(file)
+    (path / "chat_template.jinja").unlink(missing_ok=True)
     (path / "chat_template.jinja").write_text(TEMPLATE)
     return path
 

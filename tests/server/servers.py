@@ -1,6 +1,7 @@
 """Servers for tests: one within this process, and ones that are processes of their own."""
 
 import asyncio
+import json
 import re
 import signal
 import subprocess
@@ -103,3 +104,13 @@ def start(*args: str, command: list[str] | None = None) -> Process:
     served = Process(process, found[1], [line])
     threading.Thread(target=lambda: served.said.extend(process.stderr), daemon=True).start()
     return served
+
+
+def events(process: Process, path: str, **fields: Any) -> list[dict[str, Any]]:
+    """The events of a streamed answer, but for the end."""
+    with httpx.stream("POST", process.url + path, json=fields | {"stream": True}, timeout=60) as answer:
+        assert answer.status_code == 200
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        lines = [line for line in answer.iter_lines() if line]
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]

@@ -1,11 +1,10 @@
 """/v1/completions: what is answered is what the engine generates, in the protocol's shape."""
 
-import json
 from typing import Any
 
 import pytest
 import torch
-from servers import NAME, InProcess, Process, has
+from servers import NAME, InProcess, Process, events, has
 
 from duomoe import LLM, SamplingParams
 
@@ -225,18 +224,6 @@ def test_a_regular_expression_is_followed(server: InProcess) -> None:
 
 
 # Events.
-
-
-def events(process: Process, path: str, **fields: Any) -> list[dict[str, Any]]:
-    """The events of a streamed answer, but for the end."""
-    import httpx
-
-    with httpx.stream("POST", process.url + path, json=fields | {"stream": True}, timeout=60) as answer:
-        assert answer.status_code == 200
-        assert answer.headers["content-type"].startswith("text/event-stream")
-        lines = [line for line in answer.iter_lines() if line]
-    assert lines[-1] == "data: [DONE]"
-    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
 
 
 def test_events_add_up_to_the_whole_answer(process: Process, server: InProcess) -> None:
