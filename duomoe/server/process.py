@@ -30,6 +30,8 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
         InputError: when the address is not this machine's, or is in use.
     """
+    if not 0 <= port < 1 << 16:
+        raise InputError(f"--port must be from 0 to 65535, got {port}")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.socket(family)

@@ -228,7 +228,9 @@ def test_a_large_body_is_refused_before_it_is_read(server: InProcess) -> None:
     assert server.error("/v1/completions", 413, content=b"{}", headers=headers)["code"] == "body_too_large"
 
 
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5)
+SCALARS = (
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5)
+)
 VALUES = st.recursive(SCALARS, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5), x, max_size=3))
 NAMES = sorted(
     set(
