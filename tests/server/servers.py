@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -114,3 +114,21 @@ def events(process: Process, path: str, **fields: Any) -> list[dict[str, Any]]:
         lines = [line for line in answer.iter_lines() if line]
     assert lines[-1] == "data: [DONE]"
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+def metric(process: Process, name: str) -> float:
+    lines = httpx.get(f"{process.url}/metrics").text.splitlines()
+    return float(next(line for line in lines if line.startswith(name + "{")).split()[-1])
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def wait_idle(process: Process) -> None:
+    """Wait until nothing runs, and no page is held."""
+    names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
+    wait_for(lambda: all(metric(process, name) == 0 for name in names))

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import httpx
 import openai
 import psutil
 import pytest
-from servers import NAME, Process
+from servers import NAME, Process, metric, wait_for, wait_idle
 
 from duomoe import LLM, SamplingParams
 
@@ -39,23 +38,6 @@ def head(path: str = PATH, length: int = 0) -> bytes:
 def answered(process: Process) -> bool:
     body = {"prompt": "The sea", "max_tokens": 2, "temperature": 0}
     return httpx.post(process.url + PATH, json=body, timeout=20).status_code == 200
-
-
-def metric(process: Process, name: str) -> float:
-    lines = httpx.get(f"{process.url}/metrics").text.splitlines()
-    return float(next(line for line in lines if line.startswith(name + "{")).split()[-1])
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
-def is_idle(process: Process) -> bool:
-    names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
-    return all(metric(process, name) == 0 for name in names)
 
 
 # Clients.
@@ -135,7 +117,7 @@ def test_a_client_that_goes_away_frees_its_pages(process: Process, streamed: boo
         wait_for(lambda: metric(process, "vllm:num_requests_running") == 3)
         if streamed:
             assert b"200 OK" in connection.recv(100)
-    wait_for(lambda: is_idle(process))
+    wait_idle(process)
     assert metric(process, "duomoe:requests_abandoned_total") == before + 1
 
 
@@ -145,7 +127,7 @@ def test_a_half_closed_connection_is_one_that_went_away(process: Process) -> Non
         connection.sendall(head(length=len(body)) + body)
         wait_for(lambda: metric(process, "vllm:num_requests_running") == 1)
         connection.shutdown(socket.SHUT_WR)
-        wait_for(lambda: is_idle(process))
+        wait_idle(process)
 
 
 def test_what_is_no_request_is_refused_in_the_same_shape(process: Process) -> None:
@@ -183,7 +165,7 @@ def test_a_client_that_does_not_read_does_not_hold_up_others(process: Process) -
         connection.sendall(head(length=len(body)) + body)
         wait_for(lambda: metric(process, "vllm:num_requests_running") == 8)
         assert answered(process)
-    wait_for(lambda: is_idle(process))
+    wait_idle(process)
     # Bodies in parts, several requests on a connection, and one behind another.
     with connect(process) as connection:
         body = b'{"prompt": "a", "max_tokens": 1}'
