@@ -5,7 +5,6 @@ shards: mapped pages count as memory of this process, so a model would be held t
 little-endian uint64 header length, a JSON header and the tensors' bytes (https://github.com/huggingface/safetensors).
 """
 
-import contextlib
 import ctypes
 import hashlib
 import io
@@ -14,7 +13,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock, local
@@ -24,15 +23,16 @@ import torch
 from torch import Tensor
 
 from duomoe.errors import InputError
+from duomoe.memory.staging import StagingRing, staging_memory
 
 # The floating-point types that are read, by their name in a safetensors header.
 STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-# What quantised checkpoints store besides.
-QUANTISED_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "I32": torch.int32}
+# All that are read: quantised checkpoints have these besides.
+DTYPES = STORED_DTYPES | {"F8_E4M3": torch.float8_e4m3fn, "I32": torch.int32}
 
-# Tensors are read in pieces of this many bytes, so that a bounce buffer stays small whatever the tensor, and a piece is
-# still in a core's cache when it is looked at.
+# What is not read straight to where it belongs is read in pieces of this many bytes, so that a bounce buffer stays
+# small whatever the tensor.
 PIECE_BYTES = 2 << 20
 
 MAX_HEADER_BYTES = 100 << 20
@@ -51,6 +51,9 @@ class StoredTensor:
 
 class Checkpoint:
     """A folder with config.json and one or more safetensors files. Several threads may read from it.
+
+    Every call to the system gives up Python's lock, and all threads that read compete for it. So there are few: files
+    stay open from their first reading until `close`, and what lies side by side is read by one call.
 
     Attributes:
         config: config.json.
@@ -72,6 +75,7 @@ class Checkpoint:
         self.config = config
         self.tensors = self._find_tensors()
         self.reading_seconds = 0.0
+        self._files: dict[Path, io.FileIO] = {}
         self._lock = Lock()
         self._thread = local()  # each thread's bounce buffers
 
@@ -97,22 +101,40 @@ class Checkpoint:
         if unused:
             warn(f"{self.path}: {len(unused)} tensors are not part of the model and were ignored, first {unused[0]}")
 
-    def read(self, name: str, pinned: bool = False) -> Tensor:
+    def read(self, name: str) -> Tensor:
         """Return a tensor as it is stored, on the host.
-
-        Args:
-            name: of the tensor.
-            pinned: into memory that a GPU copies from at full speed, where the system allows it.
 
         Raises:
             InputError: when reading fails.
         """
         stored = self.tensors[name]
-        dtype = (STORED_DTYPES | QUANTISED_DTYPES)[stored.dtype]
-        found = _host_memory(stored.size, pinned).view(dtype).view(stored.shape)
-        with _open(stored.path) as file:
-            self._read(file.fileno(), found, stored.begin, stored.path)
-        return found
+        found = torch.empty(stored.size, dtype=torch.uint8)
+        self.read_parts([(stored, 0)], found)
+        return found.view(DTYPES[stored.dtype]).view(stored.shape)
+
+    def read_parts(self, parts: Sequence[tuple[StoredTensor, int]], memory: Tensor) -> None:
+        """Read tensors as they are stored into parts of host memory.
+
+        Args:
+            parts: some of `tensors`, and the byte of the memory where each begins; they may not overlap there.
+            memory: uint8 [n], contiguous.
+
+        Raises:
+            InputError: when reading fails.
+        """
+        room = _memory(memory)
+        in_order = sorted(parts, key=lambda part: (part[0].path, part[0].begin))
+        runs: list[
+            tuple[StoredTensor, list[memoryview]]
+        ] = []  # the first tensor, and where it goes, and all that follow
+        path, end = None, 0
+        for tensor, begin in in_order:
+            if (tensor.path, tensor.begin) != (path, end):
+                runs.append((tensor, []))
+            runs[-1][1].append(room[begin : begin + tensor.size])
+            path, end = tensor.path, tensor.begin + tensor.size
+        for first, pieces in runs:
+            self._read(first.path, first.begin, pieces)
 
     def read_into(self, name: str, destination: Tensor) -> bool:
         """Fill a tensor with the values of a stored one, piece by piece.
@@ -127,44 +149,52 @@ class Checkpoint:
         Raises:
             InputError: when reading fails.
         """
-        stored = self.tensors[name]
-        dtype = STORED_DTYPES[stored.dtype]
-        flat = destination.view(-1)
-        direct = destination.dtype == dtype and not destination.is_cuda
-        bounces = [] if direct else self._bounces(pinned=destination.is_cuda)
-        crossed: list[torch.cuda.Event | None] = [None, None]
-        step = PIECE_BYTES // dtype.itemsize
-        usable = True
-        with _open(stored.path) as file:
-            for number, low in enumerate(range(0, flat.numel(), step)):
-                target = flat[low : low + step]
-                piece = target
-                if not direct:
-                    if (before := crossed[number % 2]) is not None:
-                        before.synchronize()  # host-sync ok: while weights are loaded
-                    piece = bounces[number % 2][: target.numel() * dtype.itemsize].view(dtype)
-                self._read(file.fileno(), piece, stored.begin + low * dtype.itemsize, stored.path)
-                if not direct:
+        stored, flat = self.tensors[name], destination.view(-1)
+        if flat.is_cuda:
+            self._read_across(stored, flat)
+        elif flat.dtype == STORED_DTYPES[stored.dtype]:
+            self._read(stored.path, stored.begin, [_memory(flat)])
+        else:
+            bounce = torch.empty(PIECE_BYTES, dtype=torch.uint8)
+            for target, begin in _pieces(stored, flat):
+                target.copy_(self._read_piece(stored, begin, target.numel(), bounce))
+        return bool(finite(flat))  # host-sync ok: while weights are loaded
+
+    def _read_across(self, stored: StoredTensor, flat: Tensor) -> None:
+        """Fill a tensor on a GPU: a piece crosses while the next one is read into the thread's other buffer."""
+        if not hasattr(self._thread, "ring"):
+            self._thread.ring = StagingRing(staging_memory(2 * PIECE_BYTES), 2, torch.cuda.Event)
+        ring: StagingRing = self._thread.ring
+        try:
+            for target, begin in _pieces(stored, flat):
+                with ring.buffer() as buffer:
+                    piece = self._read_piece(stored, begin, target.numel(), buffer.memory)
                     target.copy_(piece, non_blocking=True)
-                if destination.is_cuda:  # the piece crosses while the next one is read into the other buffer
-                    crossed[number % 2] = torch.cuda.current_stream().record_event()
-                else:
-                    usable = usable and bool(finite(target))
-        return bool(finite(flat)) if destination.is_cuda else usable  # host-sync ok: while weights are loaded
+        finally:  # the buffers go with the thread
+            torch.cuda.current_stream().synchronize()  # host-sync ok: while weights are loaded
 
-    def _bounces(self, pinned: bool) -> list[Tensor]:
-        """Return this thread's two buffers."""
-        name = "pinned" if pinned else "pageable"
-        if not hasattr(self._thread, name):
-            setattr(self._thread, name, [_host_memory(PIECE_BYTES, pinned) for _ in range(2)])
-        found: list[Tensor] = getattr(self._thread, name)
-        return found
+    def _read_piece(self, stored: StoredTensor, begin: int, count: int, bounce: Tensor) -> Tensor:
+        """Read `count` values of a tensor from a byte of its file on, into a buffer, and return them."""
+        dtype = STORED_DTYPES[stored.dtype]
+        piece = bounce[: count * dtype.itemsize].view(dtype)
+        self._read(stored.path, begin, [_memory(piece)])
+        return piece
 
-    def _read(self, descriptor: int, piece: Tensor, offset: int, path: Path) -> None:
+    def _read(self, path: Path, offset: int, pieces: list[memoryview]) -> None:
+        """Read a file from `offset` on, piece after piece."""
         begin = time.perf_counter()
-        _fill(descriptor, piece, offset, path)
+        with self._lock:
+            if path not in self._files:
+                self._files[path] = _open(path)
+            descriptor = self._files[path].fileno()
+        _fill(descriptor, pieces, offset, path)
         with self._lock:
             self.reading_seconds += time.perf_counter() - begin
+
+    def close(self) -> None:
+        """Close the files that were read, when no thread reads any more; who reads again opens them again."""
+        while self._files:
+            self._files.popitem()[1].close()
 
     def fingerprint(self, names: Iterable[str]) -> str:
         """Return a hash of some tensors as they are stored.
@@ -178,6 +208,7 @@ class Checkpoint:
             found.update(repr((name, stored.dtype, stored.shape)).encode())
             content = self.read(name)  # held by a name: `_memory` does not hold it
             found.update(_memory(content))
+        self.close()
         return found.hexdigest()[:32]
 
     def _find_tensors(self) -> dict[str, StoredTensor]:
@@ -240,7 +271,7 @@ def _stored(path: Path, start: int, entry: dict[str, Any]) -> StoredTensor:
     if any(type(number) is not int or number < 0 for number in (begin, end, *shape)) or end < begin:
         raise ValueError(f"offsets {begin} to {end} of shape {list(shape)}")
     tensor = StoredTensor(path, str(entry["dtype"]), shape, start + begin, end - begin)
-    item = (STORED_DTYPES | QUANTISED_DTYPES).get(tensor.dtype)
+    item = DTYPES.get(tensor.dtype)
     if item is not None and tensor.size != math.prod(shape) * item.itemsize:
         raise ValueError(f"{tensor.size} bytes do not hold shape {list(shape)} of {tensor.dtype}")
     return tensor
@@ -256,12 +287,12 @@ def finite(values: Tensor) -> Tensor:
     return torch.stack(torch.aminmax(values)).isfinite().all()
 
 
-def _host_memory(size: int, pinned: bool) -> Tensor:
-    """Return uint8 [size] on the host, pinned where that is asked for and the system allows it."""
-    if pinned:
-        with contextlib.suppress(RuntimeError):
-            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-    return torch.empty(size, dtype=torch.uint8)
+def _pieces(stored: StoredTensor, flat: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """Yield a flat tensor in pieces that are PIECE_BYTES as they are stored, and where each begins in the file."""
+    item = STORED_DTYPES[stored.dtype].itemsize
+    step = PIECE_BYTES // item
+    for low in range(0, flat.numel(), step):
+        yield flat[low : low + step], stored.begin + low * item
 
 
 def _open(path: Path) -> io.FileIO:
@@ -276,22 +307,27 @@ def _open(path: Path) -> io.FileIO:
         raise InputError(f"{path}: {error.strerror}") from None
 
 
-def _fill(descriptor: int, piece: Tensor, offset: int, path: Path) -> None:
-    """Read `piece.nbytes` bytes at `offset` into a contiguous host tensor."""
-    view = _memory(piece)
-    done = 0
-    while done < len(view):
+def _fill(descriptor: int, pieces: list[memoryview], offset: int, path: Path) -> None:
+    """Read what lies in a file from `offset` on into one piece of memory after the other."""
+    left = [piece for piece in pieces if len(piece)]
+    while left:
         try:
-            count = os.preadv(descriptor, [view[done:]], offset + done)
+            count = os.preadv(descriptor, left, offset)
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}") from None
         if count == 0:
             raise InputError(f"{path}: truncated while it was read")
-        done += count
+        offset += count
+        while left and count >= len(left[0]):
+            count -= len(left.pop(0))
+        if left:
+            left[0] = left[0][count:]
 
 
 def _memory(tensor: Tensor) -> memoryview:
     """Return a contiguous host tensor's memory; through ctypes, because numpy is not needed at run time."""
+    if tensor.nbytes == 0:
+        return memoryview(b"")
     return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 

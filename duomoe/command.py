@@ -68,6 +68,13 @@ def add_running_options(p: argparse.ArgumentParser) -> None:
         help="for policy duo: a file of duomoe.train_predictor, gate or none (default: the checkpoint's "
         "predictor.safetensors, else gate)",
     )
+    add(
+        "--no-prefix-caching",
+        dest="prefix_caching",
+        action="store_false",
+        help="do not keep what was computed for prompts that begin alike",
+    )
+    add("--engine-log", metavar="FILE", help="write what the engine does and how long it takes, for duomoe.simulate")
     add("--link-bandwidth", metavar="RATE", help="pace the link of a CPU to this, as 25GB/s")
     add("--link-latency", default="0us", metavar="TIME", help="of a copy over a paced link, as 10us")
     add(

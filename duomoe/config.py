@@ -32,6 +32,8 @@ class EngineConfig:
     graph: bool = True  # decode steps as CUDA graphs, on CUDA
     link_bandwidth: str | int | None = None  # pace the CPU's link: bytes per second or a size as "25GB/s"
     link_latency: str | float = 0.0  # of each copy over a paced link: seconds or a time as "10us"
+    prefix_caching: bool = True  # keep what was computed, for prompts that begin alike
+    engine_log: str | os.PathLike[str] | None = None  # a file for what the engine does, and how long that takes
     max_batch: int = 8  # sequences decoded together
     max_model_len: int | None = None  # longest sequence in tokens; None: the checkpoint's, or what memory allows
 
@@ -137,6 +139,7 @@ class EngineConfig:
             max_batch=self.max_batch,
             predictor_bytes=self.predictor_bytes(folder, dtype),
             graphs=self.graph and device.type == "cuda",
+            prefix_caching=self.prefix_caching,
         )
         expert_format = folder.expert_format(self.expert_dtype, dtype, device.type)
         dequantised = folder.dequantised_bytes(dtype)

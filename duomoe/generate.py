@@ -8,10 +8,11 @@ import io
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from duomoe.chat_options import add_chat_options, read_messages, template_kwargs
 from duomoe.command import Parser, add_running_options, engine_config, progress_is_visible, run_command, say, write
 from duomoe.errors import InputError
 from duomoe.startup import Startup
@@ -19,6 +20,7 @@ from duomoe.text_file import read_text
 
 if TYPE_CHECKING:
     from duomoe.llm import LLM, Completion
+    from duomoe.model_folder import ModelFolder
     from duomoe.sampling import SamplingParams
 
 
@@ -29,7 +31,22 @@ def parser() -> argparse.ArgumentParser:
     source = p.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT", help="the prompt (default: read from standard input)")
     source.add_argument("--prompt-file", metavar="FILE", help="a UTF-8 file that holds the prompt")
+    source.add_argument("--messages", metavar="FILE", help="a JSON file: a list of messages, each {role, content}")
     p.add_argument("--chat", action="store_true", help="apply the checkpoint's chat template to the prompt")
+    add_chat_options(p)
+    p.add_argument("--json", action="store_true", help="print one JSON object instead of streaming text")
+    p.add_argument(
+        "--verbose",
+        action="store_true",
+        help="show the memory plan, quantisation errors, layers that do not pack and how long the parts of starting "
+        "took, on stderr",
+    )
+    add_sampling_options(p)
+    return p
+
+
+def add_sampling_options(p: argparse.ArgumentParser) -> None:
+    """Add the choices of how the next token is chosen; `sampling_params` reads them."""
     sampling = p.add_argument_group("sampling")
     sampling.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="(default: 128)")
     sampling.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
@@ -38,14 +55,14 @@ def parser() -> argparse.ArgumentParser:
     sampling.add_argument("--seed", type=int, metavar="S", help="makes sampling repeatable")
     sampling.add_argument("--stop", action="append", default=[], metavar="STR", help="end before this text; repeatable")
     sampling.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
-    p.add_argument("--json", action="store_true", help="print one JSON object instead of streaming text")
-    p.add_argument(
-        "--verbose",
-        action="store_true",
-        help="show the memory plan, quantisation errors, layers that do not pack and how long the parts of starting "
-        "took, on stderr",
-    )
-    return p
+
+
+def sampling_params(args: argparse.Namespace) -> "SamplingParams":
+    """Return what was chosen with the options of `add_sampling_options`."""
+    from duomoe.sampling import SamplingParams
+
+    given = vars(args)
+    return SamplingParams(**{field.name: given[field.name] for field in fields(SamplingParams) if field.name in given})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,23 +79,14 @@ def _run(args: argparse.Namespace) -> None:
     with startup.part("importing"):
         from duomoe.llm import LLM
         from duomoe.model_folder import ModelFolder
-        from duomoe.sampling import SamplingParams
 
-    params = SamplingParams(
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-        stop=tuple(args.stop),
-        ignore_eos=args.ignore_eos,
-    )
+    params = sampling_params(args)
     with startup.part("opening"):
         folder = ModelFolder(args.model)
-        tokenizer = folder.need_tokenizer()
-        tokens = tokenizer.encode_chat(prompt) if args.chat else tokenizer.encode(prompt)
+        tokens = _tokens(folder, prompt, args)
     with startup.counting_kernels():
         llm = LLM(folder, engine_config(args), startup=startup, prompts=[len(tokens)])
+        params = llm.chat_params(params) if _is_chat(args) else params
         llm.prepare(params)
         completion = _generate(llm, tokens, params, args)
     if args.json:
@@ -86,6 +94,24 @@ def _run(args: argparse.Namespace) -> None:
     if args.verbose:
         say(llm.startup.line())
     say(_summary(completion, llm))
+
+
+def _is_chat(args: argparse.Namespace) -> bool:
+    return bool(args.chat or args.messages)
+
+
+def _tokens(folder: "ModelFolder", prompt: str | list[dict[str, Any]], args: argparse.Namespace) -> list[int]:
+    from duomoe.chat_template import ChatTemplate
+
+    limit = folder.config.max_position
+    tokenizer = folder.need_tokenizer()
+    if isinstance(prompt, str) and not args.chat:
+        return tokenizer.encode(prompt, limit=limit)
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if args.system is not None:
+        messages = [{"role": "system", "content": args.system}, *messages]
+    template = ChatTemplate(folder.checkpoint, tokenizer)
+    return template.tokens(messages, template_kwargs=template_kwargs(args), limit=limit)
 
 
 def _generate(llm: "LLM", tokens: list[int], params: "SamplingParams", args: argparse.Namespace) -> "Completion":
@@ -105,7 +131,7 @@ def _generate(llm: "LLM", tokens: list[int], params: "SamplingParams", args: arg
     raise AssertionError("a stream ends with its completion")
 
 
-def as_json(completion: "Completion", llm: "LLM", prompt: str) -> dict[str, object]:
+def as_json(completion: "Completion", llm: "LLM", prompt: str | list[dict[str, Any]]) -> dict[str, object]:
     """Return a completion as the one object that --json prints."""
     metrics = completion.metrics
     return {
@@ -124,7 +150,12 @@ def as_json(completion: "Completion", llm: "LLM", prompt: str) -> dict[str, obje
     }
 
 
-def _read_prompt(args: argparse.Namespace) -> str:
+def _read_prompt(args: argparse.Namespace) -> str | list[dict[str, Any]]:
+    """Return the prompt's text, or a chat's messages."""
+    if not _is_chat(args) and (args.system is not None or args.template_arg):
+        raise InputError("--system and --template-arg are for chats; add --chat")
+    if args.messages is not None:
+        return read_messages(Path(args.messages))
     if args.prompt_file is not None:
         return read_text(Path(args.prompt_file))
     try:

@@ -1,35 +1,43 @@
 """The embedding API: load a model folder, generate, stream, or look at its logits."""
 
 import gc
-import itertools
 import os
 import secrets
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from duomoe.chat_output import OutputParser
+from duomoe.chat_template import ChatTemplate, Message, chat_stop_strings
 from duomoe.config import EngineConfig
 from duomoe.engine.completion import Chunk, Completion, Metrics
 from duomoe.engine.decode_step import DecodeStep
 from duomoe.engine.engine import Engine
+from duomoe.engine.log import EngineLog
 from duomoe.engine.rehearsal import Rehearsal
 from duomoe.engine.request import Request
-from duomoe.engine.scheduler import Scheduler
+from duomoe.engine.scheduler import Limits, Scheduler
+from duomoe.engine.stats import Stats
 from duomoe.engine.stream import Stream, submit_all
 from duomoe.engine.thread import EngineThread
-from duomoe.errors import InputError
+from duomoe.errors import InputError, PromptTooLong
 from duomoe.experts.link import open_link
+from duomoe.experts.page_routing import PageRouting
 from duomoe.experts.policies import BOUNDED, PREDICTED, Policy, Resident
+from duomoe.experts.policies.cached import CachedPolicy
 from duomoe.experts.predictor import GatePredictor, Predictor, load_predictor
 from duomoe.experts.store import ExpertStore
 from duomoe.kernel_cache import check_kernel_cache
 from duomoe.loading import load_weights
 from duomoe.memory.kv_cache import KVCache
+from duomoe.memory.pages import PageKeys
 from duomoe.memory.plan import Plan, make_plan
 from duomoe.model_folder import EMBEDDED_MODEL, ModelFolder
 from duomoe.models import Model
@@ -37,7 +45,7 @@ from duomoe.models.config import token_ids
 from duomoe.sampling import SamplingParams
 from duomoe.sizes import format_size
 from duomoe.startup import Startup
-from duomoe.tokenizer import TextStream
+from duomoe.text_stream import TextStream
 
 __all__ = ["EMBEDDED_MODEL", "LLM", "Chunk", "Completion", "Metrics"]
 
@@ -57,6 +65,7 @@ class LLM:
     Attributes:
         startup: how long the parts of starting have taken.
         generation_config: what the checkpoint suggests for sampling; here only its end-of-sequence tokens are heeded.
+        chat_stop: strings that end an answer in a chat, besides its end-of-sequence tokens.
 
     Raises:
         InputError: when the folder cannot be used, or the options cannot be met.
@@ -91,8 +100,8 @@ class LLM:
         also = token_ids(self.generation_config.get("eos_token_id"), "generation_config.json")
         self.config = folder.config
         self.eos_token_ids = frozenset(self.config.eos_token_ids) | frozenset(also)
+        self.chat_stop = chat_stop_strings(folder.checkpoint)
         self._folder = folder
-        self._numbers = itertools.count()
         self._limit: weakref.finalize[..., LLM] | None = None
         if self.plan.device == "cuda":
             check_kernel_cache()
@@ -156,16 +165,20 @@ class LLM:
             link = open_link(device, self.engine_config.pace())  # last, since it begins a thread
             bounded = BOUNDED[plan.policy](model, store, plan.num_slots, link, predictor)
             assert bounded.residency.pool.rows.nbytes == plan.slot_bytes, "the slots are not as planned"
+            if isinstance(bounded, CachedPolicy) and plan.page_routing_bytes:
+                shape = plan.num_pages, len(self.config.moe_layers), self.config.num_experts
+                bounded.keep_routing(PageRouting(*shape, device))
             self.policy = bounded
         self.policy_name = plan.policy
         self.max_model_len = plan.max_model_len
         cache = KVCache(self.config, plan.num_pages, device, plan.dtype)
         assert cache.num_bytes == plan.kv_bytes, "the KV pages are not as planned"
-        scheduler = Scheduler(cache.allocator, plan.max_batch, plan.pass_tokens)
+        scheduler: Scheduler[Request] = Scheduler(cache.pages, Limits(plan.max_batch, plan.pass_tokens))
         decode_step = DecodeStep(
             model, self.policy, cache, plan.max_batch, plan.max_model_len, captured=self.engine_config.graph
         )
-        self.engine = Engine(model, self.policy, cache, self.eos_token_ids, scheduler, decode_step)
+        log = None if self.engine_config.engine_log is None else EngineLog(Path(self.engine_config.engine_log))
+        self.engine = Engine(model, self.policy, cache, self.eos_token_ids, scheduler, decode_step, log)
         self._thread = EngineThread(self.engine)
         self.memory = {
             "weights_bytes": model.num_bytes,  # less than planned where the head turned out to be the embedding
@@ -221,12 +234,15 @@ class LLM:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> list[Completion]:
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None, *, salt: bytes = b""
+    ) -> list[Completion]:
         """Continue prompts, several at a time.
 
         Args:
             prompts: strings, or lists of token ids; or a single one of either.
             params: for all of them; None is greedy.
+            salt: what was computed for prompts that begin alike is shared among those of the same salt.
 
         Returns:
             A completion for each prompt, in order.
@@ -239,7 +255,7 @@ class LLM:
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         each: Sequence[Prompt] = [prompts] if single else prompts
         # All are checked before any is begun.
-        requests = [self._request(prompt, params or SamplingParams()) for prompt in each]
+        requests = [self._request(prompt, params or SamplingParams(), salt) for prompt in each]
         streams = submit_all(self._thread, requests)
         try:
             found = [chunk.completion for stream in streams for chunk in stream if chunk.completion]
@@ -249,17 +265,30 @@ class LLM:
             for stream in streams:
                 stream.close()
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        salt: bytes = b"",
+        shown: Sequence[str] = (),
+    ) -> Stream:
         """Begin to continue one prompt, and return at once: its chunks, one for every token, are read by `for`.
 
         Requests that are under way advance together, whoever asked: the tokens of a stream that nobody reads wait in
         it. Closing the stream, or dropping it, ends the request.
 
+        Args:
+            prompt: a string, or token ids.
+            params: None is greedy.
+            salt: as for `generate`.
+            shown: special tokens that are part of the text all the same, as those that an `OutputParser` looks for.
+
         Raises:
             InputError: when the prompt is empty or too long.
             RuntimeError: when the model is closed, or this process was forked from the one that has loaded it.
         """
-        (stream,) = submit_all(self._thread, [self._request(prompt, params or SamplingParams())])
+        (stream,) = submit_all(self._thread, [self._request(prompt, params or SamplingParams(), salt, shown)])
         return stream
 
     submit = stream  # as one says with asyncio, where it is read by `async for`
@@ -270,7 +299,7 @@ class LLM:
         Raises:
             InputError: when the prompt is empty or too long, a token id is not in the vocabulary, or the GPU's memory
                 does not hold the logits of so many tokens; the plan has room for those of `max_batch` tokens.
-            RuntimeError: when requests that are under way have taken all pages of the KV cache; and as `stream`.
+            RuntimeError: as `stream`.
         """
         checked = self._tokens(tokens, room=0)
         try:
@@ -287,14 +316,6 @@ class LLM:
         """
         self._thread.check()
 
-    def between_steps(self, look: Callable[[Engine], None]) -> None:
-        """Have the engine looked at by its own thread between two steps; returns at once.
-
-        Args:
-            look: must raise nothing, or all requests end with its error. Not called where the model is closed.
-        """
-        self._thread.send(look)
-
     def tokenizer_config(self) -> dict[str, Any]:
         """Return the checkpoint's tokenizer_config.json; empty where there is none.
 
@@ -303,36 +324,98 @@ class LLM:
         """
         return self._folder.checkpoint.read_json("tokenizer_config.json") or {}
 
+    def stats(self) -> Stats:
+        """Return what is under way and what was done so far; never waits, in whatever thread.
+
+        Raises:
+            RuntimeError: as `stream`.
+        """
+        self._thread.check()
+        return self.engine.stats()
+
+    def output_parser(self, prompt: Sequence[int], tools: Sequence[Mapping[str, Any]] | None = None) -> OutputParser:
+        """Return what takes the answer to a chat apart, in the style that the checkpoint's template shows.
+
+        Args:
+            prompt: what `chat_tokens` returned; it may have opened the reasoning already.
+            tools: as given to `chat_tokens`; without them, an answer has no calls.
+        """
+        return self._chat.output_parser(prompt, tools)
+
+    @cached_property
+    def _chat(self) -> ChatTemplate:
+        return ChatTemplate(self._folder.checkpoint, self._folder.need_tokenizer())
+
     def fingerprint(self) -> str:
         """Return what tells this model from any other, a hash of its routers; traces and predictors carry it."""
         return self._folder.fingerprint()
 
-    def chat_tokens(self, message: str) -> list[int]:
-        """Return the prompt for one user message, by the checkpoint's chat template.
+    def chat(
+        self,
+        messages: str | Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Completion:
+        """Answer a conversation; arguments and errors as of `chat_tokens` and `generate`.
+
+        The answer ends at the checkpoint's own stop strings for chats, too (`chat_stop`).
+        """
+        return self.generate(self.chat_tokens(messages, tools, template_kwargs), self.chat_params(params))[0]
+
+    def chat_params(self, params: SamplingParams | None = None) -> SamplingParams:
+        """Return parameters with which an answer in a chat ends at `chat_stop`, too."""
+        given = params or SamplingParams()
+        return replace(given, stop=(*given.stop, *self.chat_stop))
+
+    def chat_tokens(
+        self,
+        messages: str | Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Return the prompt for a conversation, by the checkpoint's chat template.
+
+        Args:
+            messages: each with a role and its content, text or a list of parts of text, as the OpenAI API has them;
+                a single text is a user's message.
+            tools: functions that the model may call, as JSON schemas.
+            template_kwargs: more variables for the template, as `enable_thinking`.
 
         Raises:
-            InputError: when there is no tokenizer or no template.
+            InputError: when a message is not one, or there is no tokenizer or no template, or it fails, uses too much
+                time or memory, or makes a text that is certainly too long.
         """
-        return self._folder.need_tokenizer().encode_chat(message)
+        return self._chat.tokens(messages, tools, template_kwargs, limit=self.max_model_len)
 
-    def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
+    def _request(self, prompt: Prompt, params: SamplingParams, salt: bytes = b"", shown: Sequence[str] = ()) -> Request:
         if params.stop and self.tokenizer is None:
             raise InputError("--stop needs a tokenizer, and this checkpoint has no tokenizer.json")
         tokens = self._tokens(prompt)
+        keys = None
+        # Where keys depend on the sequence's length, no other sequence can use them.
+        if self.engine_config.prefix_caching and not self.config.rope.depends_on_length:
+            keys = PageKeys(salt)
+            keys.of(tokens)  # here, in the caller's thread, since it takes time
         return Request(
-            number=next(self._numbers),
-            prompt=tokens,
+            tokens=tokens,
+            keys=keys,
+            longest=min(len(tokens) + params.max_new_tokens, self.max_model_len),
+            prompt_length=len(tokens),
             params=params,
             seed=secrets.randbits(63) if params.seed is None else params.seed,
-            length_limit=self.max_model_len,
-            stream=TextStream(self.tokenizer, params.stop, tokens),
+            stream=TextStream(self.tokenizer, params.stop, tokens, shown),
         )
 
     def _tokens(self, prompt: Prompt, room: int = 1) -> list[int]:
         """Return a prompt's token ids, having checked that they fit, with `room` for as many new ones."""
         if not isinstance(prompt, str | list | tuple):
             raise InputError(f"a prompt is a string or a list of token ids, not {type(prompt).__name__}")
-        tokens = self._folder.need_tokenizer().encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if isinstance(prompt, str):
+            tokens = self._folder.need_tokenizer().encode(prompt, limit=self.max_model_len)
+        else:
+            tokens = list(prompt)
         if not tokens:
             raise InputError("the prompt is empty")
         for token in tokens:
@@ -341,7 +424,7 @@ class LLM:
                     f"{token!r} is not a token id of this model; they go from 0 to {self.config.vocab_size - 1}"
                 )
         if len(tokens) + room > self.max_model_len:
-            raise InputError(
+            raise PromptTooLong(
                 f"the prompt has {len(tokens)} tokens; prompt and answer may have {self.max_model_len} tokens"
             )
         return tokens

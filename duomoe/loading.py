@@ -9,8 +9,7 @@ is being converted. While rows of one layer are filled, the memory for the next 
 import itertools
 import os
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
@@ -23,25 +22,24 @@ from duomoe.cuda import READERS, reader_stream
 from duomoe.experts.conversion import Conversion
 from duomoe.experts.format import ExpertFormat, plain_format
 from duomoe.experts.matrix import DoesNotPack
+from duomoe.experts.staged import FEWEST_BUFFERS, Parts, StagedExpert, StagedExperts, staged_expert
 from duomoe.experts.store import ExpertStore
 from duomoe.experts.stored import Filled, StoredMatrices, fill_row, needs_converting, places
+from duomoe.memory.staging import StagingRing, staging_memory
 from duomoe.model_folder import ModelFolder
 from duomoe.models import Model
 from duomoe.models.model import expected_tensors
 from duomoe.models.weights import Sources
 from duomoe.startup import Startup
 
-T = TypeVar("T")
 R = TypeVar("R")
 
 # Files in the page cache are read faster by more threads, at 50 GB/s by 16 (docs/measurements.md).
 FEWEST_THREADS = 4
 
-# Reading runs ahead of converting by at most so many bytes; by so many experts it may, whatever their size.
-AHEAD_BYTES, AHEAD_EXPERTS = 128 << 20, 3
-
-# The GPU may have so many experts still to convert, whose memory on the host is in use until it has.
-QUEUED_EXPERTS = 4
+# Experts that a GPU is to convert are read into staging buffers, of at most so many bytes together and so many for each
+# thread that reads, but FEWEST_BUFFERS at least.
+STAGING_BYTES, BUFFERS_PER_THREAD = 96 << 20, 2
 
 # What converting holds on a GPU for each value: at most float32 as it is stored, and for the matrix under way what is
 # made of it. Quantising, and undoing it, go through float32.
@@ -124,32 +122,12 @@ class _Threads:
 
         return self._pool.submit(timed)
 
-    def run_ahead(self, jobs: Iterable[tuple[T, int, Callable[[], R]]]) -> Iterator[tuple[T, R]]:
-        """Run jobs and yield their results in order.
-
-        Only as many are begun as have AHEAD_BYTES together, or as there are in AHEAD_EXPERTS.
-
-        Args:
-            jobs: what each is for, how many bytes it reads, and itself.
-
-        Returns:
-            What each was for, and its result.
-        """
-        under_way: deque[tuple[T, int, Future[R]]] = deque()
-        for what, size, job in jobs:
-            while len(under_way) >= AHEAD_EXPERTS and size + sum(each for _, each, _ in under_way) > AHEAD_BYTES:
-                before, _, future = under_way.popleft()
-                yield before, future.result()
-            under_way.append((what, size, self.run(job)))
-        while under_way:
-            before, _, future = under_way.popleft()
-            yield before, future.result()
-
     def __enter__(self) -> "_Threads":
         return self
 
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._checkpoint.close()
         torch.set_num_threads(self._torch_threads)
         reading = self._checkpoint.reading_seconds - self._read_before
         self._startup.spend("reading", reading / self.count)
@@ -187,8 +165,10 @@ class _Experts:
         self.folder, self.store, self.threads, self.startup = folder, store, threads, startup
         self.stored, self.device = folder.stored, device
         self.on_gpu = device.type == "cuda" and _bytes_to_convert(folder, store.format) <= room
-        self.conversions: dict[str, Conversion] = {}  # by how an expert is stored
-        self._layers_to_come = len(folder.config.moe_layers)
+        self.conversions: dict[object, Conversion] = {}  # by the kind of their experts
+        config, sources = folder.config, folder.architecture.expert_sources
+        self._layers = [[sources(config, layer, n) for n in range(config.num_experts)] for layer in config.moe_layers]
+        self._layers_to_come = len(self._layers)
         self._counted = 0  # bytes of the present layer that have been shown as loaded
 
     def load(self, dense: list[Future[str | None]]) -> list[float]:
@@ -197,15 +177,39 @@ class _Experts:
         use_device = partial(torch.cuda.set_device, self.device) if self.device.type == "cuda" else None
         with ThreadPoolExecutor(1, "duomoe-rows", use_device) as self._ahead:
             self._get_rows_ready()
-            for layer in self.folder.config.moe_layers:
+            self._begin_staging()
+            for experts in self._layers:
                 for future in dense:
                     if future.done():
                         future.result()
-                filled = self._add_layer(layer)
+                filled = self._add_layer(experts)
                 errors.append(filled.error)
                 for name in filled.not_finite:
                     _warn_of_values(self.folder.checkpoint, name)
         return errors
+
+    def _begin_staging(self) -> None:
+        """Begin to read what the GPU is to convert; and what converts it is made before there are rows to wait for."""
+        layers = [experts for experts in self._layers if self.on_gpu and self._converts(experts)]
+        staged = [staged_expert(self.stored, sources) for experts in layers for sources in experts]
+        if not staged:
+            return
+        size = max(expert.buffer_bytes for expert in staged)
+        count = min(STAGING_BYTES // size, BUFFERS_PER_THREAD * self.threads.count, len(staged))
+        count = max(count, FEWEST_BUFFERS)
+        ring = StagingRing(staging_memory(count * size), count, torch.cuda.Event)
+        self._staged = StagedExperts(staged, ring, self._read)
+        begin = time.perf_counter()
+        self._conversion(staged[0])
+        self.startup.spend("converting", time.perf_counter() - begin)
+
+    def _read(self, parts: Parts, memory: Tensor) -> Future[None]:
+        return self.threads.run(partial(self.stored.checkpoint.read_parts, parts, memory))
+
+    def _converts(self, experts: list[dict[str, Sources]]) -> bool:
+        """Return whether any matrix of a layer is to be converted."""
+        every = (place for sources in experts for place in places(sources))
+        return any(needs_converting(self.stored, self.store.format, place) for place in every)
 
     def _get_rows_ready(self) -> None:
         """Begin to get memory for the next layer's rows, if there is one."""
@@ -224,14 +228,12 @@ class _Experts:
         self._get_rows_ready()
         return rows
 
-    def _add_layer(self, layer: int) -> Filled:
+    def _add_layer(self, experts: list[dict[str, Sources]]) -> Filled:
         config, expert_format = self.folder.config, self.store.format
-        experts = [self.folder.architecture.expert_sources(config, layer, n) for n in range(config.num_experts)]
-        every = [place for sources in experts for place in places(sources)]
-        converts = any(needs_converting(self.stored, expert_format, place) for place in every)
         self._counted = 0
         rows = self._next_rows()
-        filled = (self._convert if converts and self.on_gpu else self._fill)(expert_format, experts, rows)
+        on_gpu = self.on_gpu and self._converts(experts)
+        filled = (self._convert if on_gpu else self._fill)(expert_format, experts, rows)
         if filled is None:
             del rows  # before there are others
             self.startup.load(-self._counted)
@@ -244,9 +246,8 @@ class _Experts:
         self.store.add(rows, expert_format)
         return filled
 
-    def _count(self, sources: dict[str, Sources]) -> None:
-        """Count and show an expert as loaded."""
-        size = self._size(sources)
+    def _count(self, size: int) -> None:
+        """Count and show an expert of so many bytes as loaded."""
         self._counted += size
         self.startup.load(size)
 
@@ -262,7 +263,7 @@ class _Experts:
             problem = future.exception()
             if problem is None:
                 together.add(future.result())
-                self._count(sources)
+                self._count(sum(self.stored.size(place.source, place.shape) for place in places(sources)))
             elif isinstance(problem, DoesNotPack):
                 packs = False
             else:
@@ -271,33 +272,26 @@ class _Experts:
 
     def _convert(self, expert_format: ExpertFormat, experts: list[dict[str, Sources]], rows: Tensor) -> Filled | None:
         """Convert on the GPU what the threads read; None where an expert does not pack."""
-        stored = self.stored
-
-        def read(sources: dict[str, Sources]) -> list[list[Tensor]]:
-            return [stored.read(place.source, place.shape, pinned=True) for place in places(sources)]
-
         held = torch.empty(len(experts), dtype=torch.bool, device=self.device)
-        jobs = ((index, self._size(sources), partial(read, sources)) for index, sources in enumerate(experts))
-        queued: deque[torch.cuda.Event] = deque()
         try:
-            for index, parts in self.threads.run_ahead(jobs):
+            for its_held, row in zip(held.unbind(), rows.unbind(), strict=True):
+                expert, buffer = self._staged.take()
                 begin = time.perf_counter()
-                conversion = self._conversion(experts[index], parts)
-                conversion.run(parts)
-                held[index].copy_(conversion.holds)
-                rows[index].copy_(conversion.row, non_blocking=True)
-                queued.append(torch.cuda.current_stream().record_event())
-                if len(queued) > QUEUED_EXPERTS:
-                    queued.popleft().synchronize()  # host-sync ok: while weights are loaded
+                conversion = self._conversion(expert)
+                conversion.send(buffer.memory)
+                self._staged.give_back(buffer)
+                conversion.run()
+                its_held.copy_(conversion.holds)
+                row.copy_(conversion.row, non_blocking=True)
                 self.startup.spend("converting", time.perf_counter() - begin)
-                self._count(experts[index])
+                self._count(expert.stored_bytes)
         finally:
             torch.cuda.current_stream().synchronize()  # host-sync ok: nothing may write to rows that are given up
         filled = Filled()
         for index, holds in enumerate(held.tolist()):  # host-sync ok: while weights are loaded
             if not holds:  # the host finds out what, and says so
                 try:
-                    found = fill_row(stored, expert_format, experts[index], rows[index])
+                    found = fill_row(self.stored, expert_format, experts[index], rows[index])
                 except DoesNotPack:
                     return None
                 filled.not_finite += found.not_finite
@@ -306,16 +300,11 @@ class _Experts:
             conversion.squares.zero_()
         return filled
 
-    def _conversion(self, sources: dict[str, Sources], parts: list[list[Tensor]]) -> Conversion:
+    def _conversion(self, expert: StagedExpert) -> Conversion:
         """Return the conversion of experts that are stored like this one."""
-        alike = str([(part.shape, part.dtype) for each in parts for part in each])
-        if alike not in self.conversions:
-            self.conversions[alike] = Conversion(self.stored, self.store.format, places(sources), parts, self.device)
-        return self.conversions[alike]
-
-    def _size(self, sources: dict[str, Sources]) -> int:
-        """Return the bytes of what an expert is stored as."""
-        return sum(self.stored.size(place.source, place.shape) for place in places(sources))
+        if expert.kind not in self.conversions:
+            self.conversions[expert.kind] = Conversion(self.stored, self.store.format, expert, self.device)
+        return self.conversions[expert.kind]
 
 
 def _bytes_to_convert(folder: ModelFolder, expert_format: ExpertFormat) -> int:

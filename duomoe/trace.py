@@ -21,7 +21,8 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line's grammar."""
     p = Parser(prog="python -m duomoe.trace", description="Record which experts the tokens of some prompts use.")
     add_running_options(p)
-    p.set_defaults(max_batch=1, compile="off")  # one prompt after the other, so that a trace is the same everywhere
+    # One prompt after the other, and each from its first token on, so that a trace is the same everywhere.
+    p.set_defaults(max_batch=1, compile="off", prefix_caching=False)
     p.add_argument("--prompts", metavar="FILE", required=True, help="one prompt a line, or .jsonl with a field prompt")
     p.add_argument("--out", metavar="TRACE", required=True, help="the safetensors file to write")
     p.add_argument("--hidden", action="store_true", help="also record the routers' inputs (larger by far)")

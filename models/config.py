@@ -35,6 +35,11 @@ class RopeConfig:
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0
 
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether a token's key depends on how long its sequence was when the key was made."""
+        return self.kind == "dynamic"
+
 
 @dataclass(frozen=True)
 class Quantization:

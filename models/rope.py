@@ -33,7 +33,7 @@ class Rotary:
             positions: [tokens], where each token stands in its sequence.
             lengths: [tokens], how long its sequence is by now; only the dynamic scheme looks at it.
         """
-        rates = self._dynamic_rates(lengths) if self.config.kind == "dynamic" else self.rates
+        rates = self._dynamic_rates(lengths) if self.config.depends_on_length else self.rates
         with Threads(TURN_WORK * len(positions) * len(self.exponents)) if positions.is_cpu else nullcontext():
             angles = positions[:, None].float() * rates
             return angles.cos() * self.amplitude, angles.sin() * self.amplitude

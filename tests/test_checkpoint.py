@@ -1,11 +1,12 @@
 """Loading: what is read is what was stored, and every broken folder is named in one line."""
 
 import json
+import os
 import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from duomoe import LLM, InputError
-from duomoe.checkpoint import PIECE_BYTES, Checkpoint
+from duomoe.checkpoint import DTYPES, PIECE_BYTES, Checkpoint
 
 
 @pytest.fixture
@@ -75,13 +76,72 @@ def test_values_are_converted_piece_by_piece(tmp_path: Path, stored: torch.dtype
         assert torch.equal(found[name], tensor.to(wanted))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="memory can be pinned where there is a GPU")
-def test_where_memory_cannot_be_pinned_it_is_read_all_the_same(folder: Path) -> None:
-    checkpoint = Checkpoint(folder)
-    name = next(iter(checkpoint.tensors))
-    found = checkpoint.read(name, pinned=True)
-    assert not found.is_pinned()
-    assert torch.equal(found, checkpoint.read(name))
+def read_apart(checkpoint: Checkpoint, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Read tensors by `read_parts`, with gaps between them that must stay as they are."""
+    parts, end = [], 3
+    for name in names:
+        parts.append((checkpoint.tensors[name], end))
+        end += checkpoint.tensors[name].size + 5
+    memory = torch.full((end,), 0xA5, dtype=torch.uint8)
+    checkpoint.read_parts(parts, memory)
+    untouched = torch.ones(end, dtype=torch.bool)
+    found = {}
+    for name, (tensor, begin) in zip(names, parts, strict=True):
+        untouched[begin : begin + tensor.size] = False
+        content = memory[begin : begin + tensor.size].clone()
+        found[name] = content.view(DTYPES[tensor.dtype]).view(tensor.shape)
+    assert memory[untouched].eq(0xA5).all()
+    return found
+
+
+@pytest.mark.parametrize("most", [None, 1000])
+def test_parts_are_read_to_where_they_belong_though_the_system_reads_less_at_a_time(
+    tmp_path: Path, most: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {
+        "a": {"one": torch.randn(7, 11), "two": torch.randn(300).half(), "none": torch.empty(0, 3), "a": torch.ones(9)},
+        "b": {"three": torch.randint(-9, 9, (40, 5), dtype=torch.int32), "four": torch.randn(123).bfloat16()},
+    }
+    for file, tensors in files.items():
+        save_file(tensors, tmp_path / f"{file}.safetensors")
+    places = {name: f"{file}.safetensors" for file, tensors in files.items() for name in tensors}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    (tmp_path / "config.json").write_text("{}")
+    preadv = os.preadv
+
+    def reluctant(descriptor: int, pieces: list[memoryview], offset: int) -> int:
+        left, some = most or 1 << 40, []
+        for piece in pieces:
+            some.append(piece[:left])
+            left -= len(some[-1])
+        return preadv(descriptor, some, offset)
+
+    monkeypatch.setattr(os, "preadv", reluctant)
+    expected = files["a"] | files["b"]
+    for order in (list(expected), sorted(expected), ["four", "two", "a"]):
+        found = read_apart(Checkpoint(tmp_path), order)
+        assert all(torch.equal(found[name], expected[name]) for name in order)
+
+
+def test_what_lies_side_by_side_is_read_by_one_call(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, calls, preadv = Checkpoint(folder), [], os.preadv
+    expert = [f"model.layers.0.block_sparse_moe.experts.1.{name}.weight" for name in ("w1", "w3", "w2")]
+    expected = load_file(folder / "model.safetensors")
+
+    def counted(descriptor: int, pieces: list[memoryview], offset: int) -> int:
+        calls.append(descriptor)
+        return preadv(descriptor, pieces, offset)
+
+    monkeypatch.setattr(os, "preadv", counted)
+    for _ in range(2):
+        found = read_apart(checkpoint, expert)
+        assert all(torch.equal(found[name], expected[name]) for name in expert)
+    assert len(calls) == 2 and len(set(calls)) == 1, "the file was opened again"
+    checkpoint.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(calls[0])
+    assert torch.equal(checkpoint.read(expert[0]), expected[expert[0]])
+    checkpoint.close()
 
 
 def test_nan_weights_are_warned_about_by_name(folder: Path) -> None:

@@ -14,9 +14,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from duomoe.checkpoint import Checkpoint
 from duomoe.generate import main
-from duomoe.tokenizer import Tokenizer as ChatTokenizer
 
 
 def write_tokenizer(folder: Path, **config: Any) -> None:
@@ -139,14 +137,40 @@ def test_chat_applies_the_template(folder: Path, capsys: pytest.CaptureFixture[s
     assert json.loads(run(capsys, *args, "--prompt", "hello", "--chat")[1])["token_ids"] == plain
 
 
-def test_chat_templates_see_what_transformers_gives_them(folder: Path) -> None:
-    template = (
-        "{{ messages | tojson }}{% if tools is not none %}tools{% endif %}{{ strftime_now('%Y') | length }}"
-        "{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}"
-    )
+def test_chats_of_several_messages(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{{ mood }}{{ loud }}"
     write_tokenizer(folder, chat_template=template)
-    tokenizer = ChatTokenizer(Checkpoint(folder))
-    assert tokenizer._render([{"role": "user", "content": "<b>é'"}]) == '[{"role": "user", "content": "<b>é\'"}]401'
+    args = ("--model", folder, "--max-new-tokens", 4, "--json", "--device", "cpu")
+    plain = json.loads(run(capsys, *args, "--prompt", "[system]be[user]hello5True")[1])["token_ids"]
+    options = ("--system", "be", "--template-arg", "mood=5", "--template-arg", "loud=true")
+    assert json.loads(run(capsys, *args, "--chat", "--prompt", "hello", *options)[1])["token_ids"] == plain
+    messages = [{"role": "user", "content": "hello"}]
+    (tmp_path / "messages.json").write_text(json.dumps(messages))
+    found = json.loads(run(capsys, *args, "--messages", tmp_path / "messages.json", *options)[1])
+    assert found["token_ids"] == plain and found["prompt"] == messages
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[5]", "[" * 100_000, "[]", '[{"content": "a"}]'])
+def test_bad_messages(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, content: str) -> None:
+    write_tokenizer(folder, chat_template="{{ messages }}")
+    (tmp_path / "messages.json").write_text(content)
+    code, out, err = run(capsys, "--model", folder, "--messages", tmp_path / "messages.json")
+    assert code == 2 and out == "" and err.startswith("duomoe: error: ") and err.count("\n") == 1
+
+
+def test_a_chat_ends_at_the_checkpoints_stop_strings(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tokenizer(folder, chat_template="{{ messages[0].content }}")
+    args = ("--model", folder, "--max-new-tokens", 9, "--json", "--device", "cpu", "--prompt", "hello")
+    text = json.loads(run(capsys, *args)[1])["text"]
+    write_tokenizer(folder, chat_template="{{ messages[0].content }}", chat_stop_strings=[text[3:5]])
+    assert json.loads(run(capsys, *args)[1])["text"] == text
+    assert json.loads(run(capsys, *args, "--chat")[1])["text"] == text[: text.index(text[3:5])]
+
+
+def test_a_prompt_that_is_far_too_long(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text("hello " * 100_000)
+    code, _, err = run(capsys, "--model", folder, "--prompt-file", tmp_path / "long.txt")
+    assert code == 2 and "at least" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -190,6 +214,11 @@ def test_a_bad_chat_template(folder: Path, capsys: pytest.CaptureFixture[str], t
         (["--prompt", "a", "--device", "tpu"], "tpu"),
         (["--prompt", "a", "--compile", "maybe"], "maybe"),
         (["--prompt", "a", "--chat"], "chat template"),
+        (["--prompt", "a", "--system", "b"], "--chat"),
+        (["--prompt", "a", "--template-arg", "b=1"], "--chat"),
+        (["--prompt", "a", "--chat", "--template-arg", "b"], "KEY=VALUE"),
+        (["--prompt", "a", "--messages", "b"], "not allowed"),
+        (["--messages", "/nonexistent/file"], "/nonexistent/file"),
         (["--prompt", "a", "--prompt-file", "b"], "not allowed"),
         (["--prompt-file", "/nonexistent/file"], "/nonexistent/file"),
         (["--prompt", "a", "--frobnicate"], "--frobnicate"),

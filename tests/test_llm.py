@@ -19,7 +19,7 @@ def llm(tiny: Callable[..., Any]) -> LLM:
 
 def used_pages(llm: LLM) -> int:
     """Pages that requests hold, once the engine has heard of all that callers have done so far."""
-    return llm._thread.call(lambda engine: engine.cache.allocator.used)
+    return llm._thread.call(lambda engine: engine.cache.pages.used)
 
 
 def test_a_stream_is_the_completion(llm: LLM, prompt_of: Callable[..., list[int]]) -> None:
@@ -74,8 +74,6 @@ def test_an_abandoned_stream_gives_its_pages_back(llm: LLM, prompt_of: Callable[
     assert used_pages(llm) > 0
     stream.close()
     assert used_pages(llm) == 0
-    allocator = llm.engine.cache.allocator
-    assert allocator.unreserved == allocator.num_pages
 
 
 def test_a_sequence_ends_at_the_context(llm: LLM, prompt_of: Callable[..., list[int]]) -> None:
@@ -147,3 +145,21 @@ def test_resident_counts_the_experts_of_each_layer_and_step(
         distinct.clear()
         completion = llm.generate(prompts, SamplingParams(max_new_tokens=4))[-1]
         assert completion.metrics.experts.hits == sum(distinct) > 0
+
+
+def test_stats_are_what_happened(llm: LLM, prompt_of: Callable[..., list[int]]) -> None:
+    assert llm.stats().passes == llm.stats().steps == llm.stats().running == 0
+    prompt, params = prompt_of(40), SamplingParams(max_new_tokens=5)
+    for number in range(1, 4):
+        completion = llm.generate(prompt, params)[0]
+        stats = llm.stats()
+        assert (stats.prompt_tokens, stats.found_tokens) == (40 * number, 32 * (number - 1))
+        assert (stats.passes, stats.steps, stats.generated_tokens) == (number, 4 * number, 5 * number)
+        assert (stats.running, stats.waiting, stats.used_pages, stats.preemptions) == (0, 0, 0, 0)
+        assert stats.kept_pages == 2 and stats.pages > 2
+        assert stats.pass_s > 0 and stats.step_s > 0 and stats.expected_step_s > 0
+        assert stats.experts.hits >= completion.metrics.experts.hits > 0
+    stream = llm.stream(prompt, SamplingParams(max_new_tokens=200))
+    next(stream)
+    assert llm.stats().running == 1 and llm.stats().used_pages > 0
+    stream.close()

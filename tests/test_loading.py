@@ -4,7 +4,6 @@ import gc
 import re
 import shutil
 import threading
-import time
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from duomoe import LLM, InputError, loading
+from duomoe import LLM, InputError
 from duomoe.experts.store import ExpertStore
 from duomoe.loading import _Threads
 from duomoe.memory.pinned import TOUCHED_BYTES, touched
@@ -26,22 +25,6 @@ from duomoe.startup import Startup
 @pytest.fixture
 def checkpoint() -> Any:
     return ModelFolder().checkpoint
-
-
-@pytest.mark.parametrize(("size", "ahead"), [(1, 10), (3, 3), (7, 3), (100, 3)])
-def test_results_come_in_order_and_no_more_is_read_ahead_than_stated(
-    size: int, ahead: int, checkpoint: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ten bytes may be read ahead, or three jobs."""
-    monkeypatch.setattr(loading, "AHEAD_BYTES", 10)
-    begun: list[int] = []
-    with _Threads(torch.device("cpu"), checkpoint, Startup()) as threads:
-        jobs = ((number, size, partial(begun.append, number)) for number in range(40))
-        for taken, (number, _) in enumerate(threads.run_ahead(jobs), start=1):
-            assert number == taken - 1
-            time.sleep(0.001)  # what may begin has begun by now
-            assert len(begun) <= taken + ahead
-    assert len(begun) == 40
 
 
 def test_an_error_ends_the_threads_and_drops_what_has_not_begun(checkpoint: Any) -> None:

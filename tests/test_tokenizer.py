@@ -1,88 +1,115 @@
-"""Text that streams: never half a character, never a part of a stop string."""
+"""Text to token ids: limits, and failures of the library."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer as Encoder
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizer_folders import KINDS, byte_fallback, byte_level, load, save
+from tokenizers import AddedToken, normalizers, pre_tokenizers
 
-from duomoe.checkpoint import Checkpoint
-from duomoe.tokenizer import TextStream, Tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """Return a tokenizer whose every token is one byte, so that most characters take several."""
-    folder: Path = tmp_path_factory.mktemp("bytes")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    encoder = Encoder(models.BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[]))
-    encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    encoder.decoder = decoders.ByteLevel()
-    encoder.save(str(folder / "tokenizer.json"))
-    (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + json.dumps({}).encode())
-    return Tokenizer(Checkpoint(folder))
+from duomoe.errors import InputError
+from duomoe.token_bound import TokenBound
+from duomoe.tokenizer import Tokenizer
 
 
-def pieces(tokenizer: Tokenizer, text: str, stop: list[str]) -> list[str]:
-    stream = TextStream(tokenizer, stop)
-    found = []
-    for token in tokenizer.encode(text):
-        found.append(stream.push(token))
-        if stream.stopped:
-            break
-    found.append(stream.finish())
-    assert stream.text == "".join(found)
-    return found
+def stripping() -> Any:
+    encoder = byte_level()
+    encoder.add_tokens([AddedToken("<x>", lstrip=True, rstrip=True)])
+    return encoder
 
 
-@given(text=st.text())
-@settings(max_examples=300, deadline=None)
-def test_pieces_make_up_the_text(tokenizer: Tokenizer, text: str) -> None:
-    found = pieces(tokenizer, text, [])
-    assert "".join(found) == text
-    if "\ufffd" not in text:
-        assert all("\ufffd" not in piece for piece in found)
+def dropping() -> Any:
+    encoder = byte_level()
+    split = pre_tokenizers.Split("b", "removed")
+    encoder.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    return encoder
 
 
-@given(text=st.text("abé "), stop=st.lists(st.text("abé", min_size=1, max_size=4), max_size=3))
-@settings(max_examples=300, deadline=None)
-def test_text_ends_before_the_first_stop_string(tokenizer: Tokenizer, text: str, stop: list[str]) -> None:
-    def first_end() -> int | None:
-        """Return the length of the shortest beginning of the text that has a stop string in it."""
-        return next((end for end in range(len(text) + 1) if any(s in text[:end] for s in stop)), None)
-
-    end = first_end()
-    seen = text if end is None else text[:end]
-    expected = min((seen.index(s) for s in stop if s in seen), default=len(seen))
-    assert "".join(pieces(tokenizer, text, stop)) == seen[:expected]
+def trimming() -> Any:
+    encoder = byte_fallback()
+    encoder.normalizer = normalizers.Strip()
+    return encoder
 
 
-def test_half_a_character_is_held_back_until_the_end(tokenizer: Tokenizer) -> None:
-    stream = TextStream(tokenizer, [])
-    pushed = [stream.push(token) for token in tokenizer.encode("a€")[:-1]]
-    assert pushed == ["a", "", ""]
-    assert stream.finish() == "\ufffd" and stream.text == "a\ufffd"
+BOUNDED = KINDS | {"stripping": stripping, "dropping": dropping, "trimming": trimming}
+
+ENCODERS = {name: (encoder, TokenBound(encoder)) for name, encoder in ((name, BOUNDED[name]()) for name in BOUNDED)}
+
+TEXTS = st.lists(
+    st.sampled_from(["the", " there", "ab", "abab", "€", "é", "e\u0301", "    ", "<|end|>", "<x>", "\n", "日本", "b"]),
+    max_size=30,
+).map("".join)
 
 
-def test_broken_bytes_after_text_that_was_given_out() -> None:
-    """A decoder with byte fallback reads a run of bytes anew when it turns out not to be UTF-8."""
-    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"▁world": 256, "▁a": 257}
-    encoder = Encoder(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
-    fallback = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    encoder.decoder = decoders.Sequence(fallback)
-    tokenizer = Tokenizer.__new__(Tokenizer)
-    tokenizer.encoder = encoder
-    stream = TextStream(tokenizer, [])
-    assert [stream.push(token) for token in (10, 0xF0, 256)] == ["\n", "", "\ufffd world"]
-    # As the continuation of a prompt, a word keeps its leading space.
-    assert TextStream(tokenizer, [], prompt=[257]).push(256) == " world"
-    assert TextStream(tokenizer, []).push(256) == "world"
+@pytest.mark.parametrize("kind", BOUNDED)
+@given(text=TEXTS)
+@settings(max_examples=150, deadline=None)
+def test_a_text_has_at_least_as_many_tokens_as_the_bound_says(kind: str, text: str) -> None:
+    encoder, bound = ENCODERS[kind]
+    assert bound.least_tokens(text) <= len(encoder.encode(text, add_special_tokens=False).ids)
 
 
-def test_without_a_tokenizer_the_text_is_empty() -> None:
-    stream = TextStream(None, [])
-    assert stream.push(5) == stream.finish() == stream.text == ""
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback", "stripping"])
+def test_a_text_that_is_far_too_long_is_refused_before_it_is_tokenised(tmp_path: Path, kind: str) -> None:
+    tokenizer = load(save(tmp_path, BOUNDED[kind]()))
+
+    class Unused:
+        def encode(self, *args: object, **options: object) -> None:
+            raise AssertionError("the text was turned into tokens")
+
+    text = "abé" * 2000
+    assert len(tokenizer.encode(text, limit=8000)) <= 8000
+    tokenizer._bound, tokenizer.encoder = tokenizer._bound, Unused()  # type: ignore[assignment]
+    with pytest.raises(InputError, match=r"at least \d+ tokens; .* 100 tokens"):
+        tokenizer.encode(text, limit=100)
+
+
+class Panic(BaseException):
+    """As the library's PanicException, which is no Exception."""
+
+
+def test_panics_are_input_errors(tmp_path: Path) -> None:
+    tokenizer = load(save(tmp_path, byte_level()))
+
+    class Panicking:
+        def encode(self, *args: object, **options: object) -> None:
+            raise Panic("index out of bounds")
+
+        id_to_token = encode
+
+    tokenizer.detokenizer()._encoder = Panicking()  # type: ignore[assignment]
+    tokenizer.encoder = Panicking()  # type: ignore[assignment]
+    with pytest.raises(InputError, match="index out of bounds"):
+        tokenizer.encode("a")
+    with pytest.raises(InputError, match="index out of bounds"):
+        tokenizer.decode([5])
+
+
+def test_a_tokenizer_that_panics(tmp_path: Path) -> None:
+    """The library's own panic, which it also tells on stderr."""
+    encoder = byte_level()
+    encoder.pre_tokenizer = pre_tokenizers.FixedLength(0)
+    with pytest.raises(InputError, match="the prompt cannot be turned into tokens: chunk size"):
+        load(save(tmp_path, encoder)).encode("the")
+
+
+def test_a_file_that_makes_the_library_panic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def panic(*args: object) -> None:
+        raise Panic("called `Option::unwrap()` on a `None` value")
+
+    class Encoder:
+        from_file = staticmethod(panic)
+
+    folder = save(tmp_path, byte_level())
+    monkeypatch.setattr("duomoe.tokenizer.Encoder", Encoder)
+    with pytest.raises(InputError, match="not a tokenizer"):
+        load(folder)
+
+
+def test_lone_surrogates_are_refused(tmp_path: Path) -> None:
+    tokenizer: Tokenizer = load(save(tmp_path, byte_level()))
+    for text in ("\ud800", "\ud800" * 1000):
+        with pytest.raises(InputError, match="the prompt"):
+            tokenizer.encode(text, limit=10)

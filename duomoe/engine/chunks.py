@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from duomoe.memory.kv_cache import PAGE_SIZE
+from duomoe.memory.pages import PAGE_SIZE
 from duomoe.memory.plan import CHUNK_TOKENS
 from duomoe.models import Batch
 from duomoe.models.rope import Rotary
@@ -16,22 +16,22 @@ class Span(NamedTuple):
 
     tokens: list[int]
     begin: int  # position of the first one
-    length: int  # of the sequence when the pass ends
-    pages: list[int]  # of the sequence
+    prompt_length: int  # of the sequence
+    pages: list[int]  # likewise
 
 
 def cut(spans: Sequence[Span], size: int = CHUNK_TOKENS) -> list[list[Span]]:
     """Fill chunks of `size` tokens with spans, in order; a span that does not fit goes on in the next chunk."""
     chunks: list[list[Span]] = [[]]
     room = size
-    for tokens, begin, length, pages in spans:
+    for tokens, begin, prompt_length, pages in spans:
         done = 0
         while done < len(tokens):
             if room == 0:
                 chunks.append([])
                 room = size
             taken = tokens[done : done + room]
-            chunks[-1].append(Span(taken, begin + done, length, pages))
+            chunks[-1].append(Span(taken, begin + done, prompt_length, pages))
             done += len(taken)
             room -= len(taken)
     return chunks
@@ -51,7 +51,9 @@ def batch_of(spans: Sequence[Span], rotary: Rotary, device: torch.device) -> Bat
     query_start = [0]
     for span in spans:
         query_start.append(query_start[-1] + len(span.tokens))
-    cos, sin = rotary.cos_sin(positions, tensor([span.length for span in spans])[owner])
+    # A token's key is made when the sequence ends with it, or with the prompt that it is part of; so it is again.
+    lengths = tensor([span.prompt_length for span in spans])[owner].maximum(positions + 1)
+    cos, sin = rotary.cos_sin(positions, lengths)
     return Batch(
         tokens=tensor([token for span in spans for token in span.tokens]),
         cos=cos,

@@ -13,7 +13,8 @@ from torch import Tensor
 from duomoe.cuda import captured
 from duomoe.engine.request import Request
 from duomoe.experts.policies import Policy
-from duomoe.memory.kv_cache import PAGE_SIZE, KVCache, pages_for
+from duomoe.memory.kv_cache import KVCache
+from duomoe.memory.pages import PAGE_SIZE, pages_for
 from duomoe.models import Batch, Model
 from duomoe.sampling import sample
 
@@ -77,14 +78,14 @@ class DecodeStep:
     def _table(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor, bool]:
         """Return what the step is computed from, on the host: int64 [size, 4 + pages], float32 [size, 2], greedy."""
         size, width = len(requests), 2  # never 1 page, for which torch.compile would make another variant
-        pages = [self.cache.allocator.grow(request.number, request.length) for request in requests]
+        pages = [request.pages for request in requests]
         if self.padded:
             size, width = _sizes(size, self.max_batch)[-1], self.max_pages
         width = max(width, *map(len, pages))
         rows = []
         for request, held in zip(requests, pages, strict=True):
             # A seed is any 63-bit number, so the table is int64 throughout.
-            row = [request.generated[-1], request.length, request.seed, request.params.top_k]
+            row = [request.tokens[-1], request.length, request.seed, request.params.top_k]
             rows.append(row + held + [-1] * (width - len(held)))
         rows += [[0, 0, 0, 0] + [-1] * width] * (size - len(requests))
         params = [request.params for request in requests]

@@ -6,6 +6,7 @@ import itertools
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,10 +14,13 @@ from torch import Tensor
 from duomoe.engine.chunks import Span, batch_of, cut
 from duomoe.engine.completion import Chunk
 from duomoe.engine.decode_step import DecodeStep
+from duomoe.engine.log import EngineLog
 from duomoe.engine.request import Request
 from duomoe.engine.scheduler import Scheduler
+from duomoe.engine.stats import Stats
 from duomoe.experts.policies import Policy
 from duomoe.memory.kv_cache import KVCache
+from duomoe.memory.pages import PAGE_SIZE, pages_for
 from duomoe.models import Model
 from duomoe.sampling import SamplingParams, sample
 
@@ -31,6 +35,7 @@ class Engine:
         eos: token ids that end a sequence.
         scheduler: says who runs next.
         decode_step: runs one step of the running requests.
+        log: is told what is done; None where nobody wants to know.
     """
 
     def __init__(
@@ -39,64 +44,93 @@ class Engine:
         policy: Policy,
         cache: KVCache,
         eos: frozenset[int],
-        scheduler: Scheduler,
+        scheduler: Scheduler[Request],
         decode_step: DecodeStep,
+        log: EngineLog | None = None,
     ) -> None:
+        self.log = log
+        if log is not None:
+            log.begin(cache.pages.num_pages, scheduler.limits)
         self.model, self.policy, self.cache, self.eos = model, policy, cache, eos
         self.scheduler, self.decode_step = scheduler, decode_step
-        self._numbers = itertools.count(-1, -1)  # of passes that are no request's
+        self._traffic = policy.traffic_so_far()  # by the last arrival or end
+        self._generated = 0
 
     @property
     def has_work(self) -> bool:
         """Whether a step would advance anything."""
         return bool(self.scheduler.waiting or self.scheduler.running)
 
-    def add(self, request: Request) -> None:
-        """Queue a request; what becomes of it goes to its outbox."""
+    def add(self, requests: Sequence[Request]) -> None:
+        """Queue requests; what becomes of them goes to their outboxes."""
         try:
-            request.traffic_before = self.policy.traffic_so_far()
-            self.scheduler.add(request)
+            self._traffic = self.policy.traffic_so_far()
+            for request in requests:
+                request.traffic_before = self._traffic
+                self.scheduler.add(request)
+                if self.log is not None:
+                    self.log.arrive(request)
         except BaseException as error:
-            self.fail([request], error)
+            self.fail(requests, error)
 
     def cancel(self, request: Request) -> None:
         """Forget a request, wherever it stands; its pages are free then."""
+        self._remove(request, failed=True)
+
+    def _remove(self, request: Request, failed: bool) -> None:
         self.scheduler.remove(request)
+        if self.log is not None:
+            self.log.end(request, time.perf_counter(), failed)
 
     def fail(self, requests: Iterable[Request], error: BaseException) -> None:
         """End requests, each with an error of its own; nothing is kept of what was at hand where it was raised."""
         traceback.clear_frames(error.__traceback__)
         for request in list(requests):
-            self.scheduler.remove(request)
-            request.outbox.put(_copy(error))
+            try:
+                self._remove(request, failed=True)
+            finally:
+                request.outbox.put(_copy(error))
+
+    def fail_all(self, error: BaseException) -> None:
+        """End every request with an error, and forget all pages: nobody knows where it has left the queue and them."""
+        self.fail([*self.scheduler.running, *self.scheduler.waiting], error)
+        self.scheduler.clear()
 
     def close(self) -> None:
         """End all requests, with errors, and what the policy runs on."""
-        self.fail([*self.scheduler.running, *self.scheduler.waiting], RuntimeError("this model was closed"))
+        self.fail_all(RuntimeError("this model was closed"))
         self.policy.close()
+        if self.log is not None:
+            self.log.close()
 
     @torch.inference_mode()
-    def step(self) -> None:
-        """Advance some requests by one token each: all newly admitted ones, else all running ones.
+    def step(self) -> float:
+        """Advance some requests by one token each, as the scheduler decides.
 
         Each gets a chunk; one that has finished holds no pages any more by then. When the step fails, exactly the
         requests that were part of it end with the error, and no expert counts as resident.
+
+        Returns:
+            How many seconds the next step can wait, if nothing happens meanwhile; 0 where something was done.
         """
-        admitted = self.scheduler.admit()
-        requests = admitted or list(self.scheduler.running)
-        if not requests:
-            return
+        decision = self.scheduler.decide(time.perf_counter())
+        if decision.until is not None:
+            return max(0.0, decision.until - time.perf_counter())
+        requests = list(decision.admitted or decision.decoding)
         try:
             with self._failing_safely():
-                tokens = self._advance(requests, bool(admitted))
+                tokens = self._advance(requests, prefill=bool(decision.admitted))
         except BaseException as error:
             self.fail(requests, error)
-            return
+            return 0.0
+        self.scheduler.computed(requests)
+        self._generated += len(tokens)
         for request, token in zip(requests, tokens, strict=True):
             try:
                 self._give(request, token)
             except BaseException as error:
                 self.fail([request], error)
+        return 0.0
 
     @contextlib.contextmanager
     def _failing_safely(self) -> Iterator[None]:
@@ -115,9 +149,10 @@ class Engine:
         text = request.accept(token, self.eos)
         completion = None
         if request.finish_reason is not None:
-            self.scheduler.remove(request)
+            self._remove(request, failed=False)
             assert request.traffic_before is not None, "a request that runs was added"
-            completion = request.completion(self.policy.traffic_so_far().since(request.traffic_before))
+            self._traffic = self.policy.traffic_so_far()
+            completion = request.completion(self._traffic.since(request.traffic_before))
         request.outbox.put(Chunk(text, token, completion))
 
     @torch.inference_mode()
@@ -125,23 +160,55 @@ class Engine:
         """Compile and capture the steps of so many sequences with such parameters, and of all fewer."""
         self.decode_step.prepare(sequences, all(each.temperature == 0 for each in params))
 
-    def _advance(self, requests: list[Request], admitted: bool) -> list[int]:
-        """Return the next token of each request."""
-        begin = time.perf_counter()
-        tokens = self._prefill(requests) if admitted else self.decode_step.run(requests)
-        read: list[int] = tokens.tolist()  # host-sync ok: the one read of a step
-        if not admitted:
-            self.policy.note_step(len(requests), time.perf_counter() - begin)
-        return read
+    def stats(self) -> Stats:
+        """Return what is under way and done. Any thread may ask, at any time; what it reads may be a moment apart."""
+        scheduler, costs = self.scheduler, self.scheduler.costs
+        return Stats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            pages=scheduler.pages.num_pages,
+            used_pages=scheduler.pages.used,
+            kept_pages=scheduler.pages.kept,
+            prompt_tokens=scheduler.counts.prompt_tokens,
+            found_tokens=scheduler.counts.found_tokens,
+            generated_tokens=self._generated,
+            preemptions=scheduler.counts.preemptions,
+            passes=costs.prefill.count,
+            steps=costs.decode.count,
+            pass_s=costs.prefill.total,
+            step_s=costs.decode.total,
+            expected_pass_s=costs.prefill.expected,
+            expected_step_s=costs.decode.expected,
+            experts=replace(self._traffic),
+        )
 
-    def _prefill(self, requests: list[Request]) -> Tensor:
-        """Return the first token of each request, int64 [requests]; what their next ones need is there by then."""
-        if any(request.params.max_new_tokens > 1 for request in requests):
+    def _advance(self, requests: list[Request], prefill: bool) -> list[int]:
+        """Compute the rest of some requests, in a pass or a decode step; return the next token of each."""
+        if prefill and any(request.params.max_new_tokens > 1 for request in requests):
             running = self.scheduler.running
             self.prepare(len(running), [request.params for request in running])
-        stream = torch.cat(self._pass([(request.number, request.prompt) for request in requests]))
-        ends = self._tensor(list(itertools.accumulate(len(request.prompt) for request in requests)))
-        logits = self.model.logits(stream[ends - 1])
+        size = sum(request.length - request.computed for request in requests)
+        begin = time.perf_counter()
+        found = self._prefill(requests) if prefill else self.decode_step.run(requests)
+        tokens: list[int] = found.tolist()  # host-sync ok: the one read of a step
+        seconds = time.perf_counter() - begin
+        if prefill:
+            self.scheduler.costs.prefill.note(size, seconds)
+        else:
+            self.policy.note_step(len(requests), seconds)
+            self.scheduler.costs.decode.note(size, seconds)
+        if self.log is not None:
+            self.log.advance("prefill" if prefill else "decode", requests, begin, seconds, size)
+        return tokens
+
+    def _prefill(self, requests: list[Request]) -> Tensor:
+        """Return the next token of each request, int64 [requests], having computed the rest in a pass."""
+        self.policy.recall(_prefixes(requests))
+        stream = torch.cat(self._pass([_rest(request) for request in requests]))
+        ends = list(itertools.accumulate(request.length - request.computed for request in requests))
+        return self._sample(self.model.logits(stream[self._tensor(ends) - 1]), requests)
+
+    def _sample(self, logits: Tensor, requests: list[Request]) -> Tensor:
         params = [request.params for request in requests]
         if all(p.temperature == 0 for p in params):
             return logits.argmax(-1)
@@ -159,26 +226,39 @@ class Engine:
 
     @torch.inference_mode()
     def logits(self, tokens: list[int]) -> Tensor:
-        """Return the logits [tokens, vocab] of one prompt, in a pass of its own.
+        """Return the logits [tokens, vocab] of one prompt, in a pass of its own, with nothing that was computed before.
 
-        Raises:
-            RuntimeError: when there are not enough free pages.
+        Requests give way where it needs their pages.
         """
-        allocator, number = self.cache.allocator, next(self._numbers)
-        if not allocator.reserve(number, len(tokens)):
-            raise RuntimeError("no KV pages are free; finish or close running generations first")
+        needed = pages_for(len(tokens))
+        self.scheduler.make_room(needed)
+        pages = self.cache.pages.take(needed)
         try:
             with self._failing_safely():
-                return torch.cat([self.model.logits(x) for x in self._pass([(number, tokens)])])
+                chunks = self._pass([Span(tokens, 0, len(tokens), pages)])
+                return torch.cat([self.model.logits(x) for x in chunks])
         finally:
-            allocator.release(number)
+            self.cache.pages.release(pages)
 
-    def _pass(self, prompts: Sequence[tuple[int, list[int]]]) -> list[Tensor]:
-        """Run a prefill pass over sequences, by number and tokens; return the stream [tokens, hidden] in chunks."""
-        grow = self.cache.allocator.grow
-        spans = [Span(tokens, 0, len(tokens), grow(number, len(tokens))) for number, tokens in prompts]
+    def _pass(self, spans: Sequence[Span]) -> list[Tensor]:
+        """Run a prefill pass; return the stream [tokens, hidden] in chunks."""
         batches = [batch_of(chunk, self.model.rotary, self.model.device) for chunk in cut(spans)]
         return self.policy.prefill(batches, self.cache.layers)
+
+
+def _rest(request: Request) -> Span:
+    """Return what is to be computed of a request."""
+    return Span(request.tokens[request.computed :], request.computed, request.prompt_length, request.pages)
+
+
+def _prefixes(requests: Sequence[Request]) -> list[tuple[list[int], int]]:
+    """Return each request's pages that are computed already, and how many of its tokens come behind them."""
+    coming = {page for request in requests for page in request.pages[request.computed // PAGE_SIZE :]}
+    prefixes = []
+    for request in requests:
+        pages = [page for page in request.pages[: request.computed // PAGE_SIZE] if page not in coming]
+        prefixes.append((pages, request.length - PAGE_SIZE * len(pages)))
+    return prefixes
 
 
 def _copy(error: BaseException) -> BaseException:

@@ -12,7 +12,7 @@ from duomoe.cuda import rehearsal_stream
 from duomoe.engine.chunks import Span, batch_of
 from duomoe.experts.compute import ExpertSum, LayerSum
 from duomoe.experts.format import ExpertFormat
-from duomoe.memory.kv_cache import PAGE_SIZE, pages_for
+from duomoe.memory.pages import PAGE_SIZE, pages_for
 from duomoe.memory.plan import CHUNK_TOKENS
 from duomoe.models import LayerKV, Model
 

@@ -1,10 +1,10 @@
 """A request as its caller holds it."""
 
 from collections.abc import Sequence
+from operator import methodcaller
 from queue import Empty
 
 from duomoe.engine.completion import Chunk
-from duomoe.engine.engine import Engine
 from duomoe.engine.outbox import Event
 from duomoe.engine.request import Request
 from duomoe.engine.thread import PATIENCE, EngineThread
@@ -96,8 +96,7 @@ class Stream:
     def close(self) -> None:
         """End the request, if it has not ended, and give its memory back between two steps."""
         if not self._ended:
-            request = self._request
-            self._thread.send(lambda engine: engine.cancel(request))
+            self._thread.send(methodcaller("cancel", self._request))
             self._ended = True  # behind that, so that whoever is interrupted between can close again
 
     def __enter__(self) -> "Stream":
@@ -118,10 +117,5 @@ def submit_all(thread: EngineThread, requests: Sequence[Request]) -> list[Stream
     """
     thread.check()
     streams = [Stream(thread, request) for request in requests]
-
-    def add(engine: Engine) -> None:
-        for request in requests:
-            engine.add(request)
-
-    thread.send(add)
+    thread.send(methodcaller("add", requests))
     return streams

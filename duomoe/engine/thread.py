@@ -138,12 +138,14 @@ def _run(engine: Engine, inbox: Inbox) -> None:
     """Do what comes in, and steps between; until None comes in."""
     if engine.model.device.type == "cuda":
         torch.cuda.set_device(engine.model.device)  # each thread has a current one of its own
+    pause = 0.0  # how long there is nothing to do unless a message comes
     while True:
         try:
-            message = inbox.get(block=not engine.has_work)
+            message = inbox.get(timeout=pause if engine.has_work else None)
         except Empty:
-            _attempt(engine, engine.step)
+            pause = _attempt(engine, engine.step) or 0.0
             continue
+        pause = 0.0
         if message is None:
             break
         _attempt(engine, partial(message, engine))
@@ -151,9 +153,10 @@ def _run(engine: Engine, inbox: Inbox) -> None:
     engine.close()
 
 
-def _attempt(engine: Engine, work: Callable[[], None]) -> None:
+def _attempt(engine: Engine, work: Callable[[], R]) -> R | None:
     """Do something that should not fail; if it does, all requests end with the error, and the thread goes on."""
     try:
-        work()
+        return work()
     except BaseException as error:
-        engine.fail([*engine.scheduler.running, *engine.scheduler.waiting], error)
+        engine.fail_all(error)
+        return None

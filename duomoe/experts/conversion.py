@@ -9,17 +9,17 @@ from torch import Tensor
 
 from duomoe.cuda import captured
 from duomoe.experts.format import ExpertFormat
-from duomoe.experts.stored import Place, StoredMatrices, fill
+from duomoe.experts.staged import StagedExpert
+from duomoe.experts.stored import StoredMatrices, fill
 
 
 class Conversion:
-    """Converts experts whose matrices have parts of the same shapes and types.
+    """Converts experts that are stored alike.
 
     Args:
         stored: the checkpoint's matrices.
         expert_format: of the rows.
-        places: of an expert's matrices.
-        parts: what `StoredMatrices.read` has read of each, on the host.
+        expert: one of them.
         device: the GPU.
 
     Attributes:
@@ -32,30 +32,27 @@ class Conversion:
         self,
         stored: StoredMatrices,
         expert_format: ExpertFormat,
-        places: list[Place],
-        parts: list[list[Tensor]],
+        expert: StagedExpert,
         device: torch.device,
     ) -> None:
-        self._stored, self._format, self._places = stored, expert_format, places
-        self._parts = [[torch.empty_like(part, device=device) for part in each] for each in parts]
+        self._stored, self._format, self._places = stored, expert_format, expert.places
+        self._memory = torch.zeros(expert.buffer_bytes, dtype=torch.uint8, device=device)
+        self._parts = expert.views(self._memory)
         self.row = torch.empty(expert_format.row_bytes, dtype=torch.uint8, device=device)
         self.squares = torch.zeros(2, dtype=torch.float64, device=device)
-        self._send(parts)
-        self._fill()  # compiles what has to be
+        self._fill()  # compiles what has to be; of zeros, which anything can be made of
         self.squares.zero_()
         self._graph = torch.cuda.CUDAGraph()
         with captured(self._graph, device):
             self.holds = self._fill()
 
-    def run(self, parts: list[list[Tensor]]) -> None:
-        """Queue the conversion of an expert, from parts on the host as at construction."""
-        self._send(parts)
-        self._graph.replay()
+    def send(self, memory: Tensor) -> None:
+        """Queue the copy of an expert, the one that `run` converts, from where it has been read."""
+        self._memory.copy_(memory[: len(self._memory)], non_blocking=True)
 
-    def _send(self, parts: list[list[Tensor]]) -> None:
-        for there, here in zip(self._parts, parts, strict=True):
-            for target, part in zip(there, here, strict=True):
-                target.copy_(part, non_blocking=True)
+    def run(self) -> None:
+        """Queue the conversion of the expert that was sent last."""
+        self._graph.replay()
 
     def _fill(self) -> Tensor:
         held: list[Tensor] = []

@@ -4,11 +4,13 @@ A copy is sent, goes on while other things compute, and is waited for before its
 the other in the order in which they were sent.
 """
 
+import contextlib
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
 from dataclasses import dataclass, field, fields
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -114,6 +116,9 @@ class Pace:
 PIECES = 8
 MIN_PIECE = 4096
 
+# Who waits for a copy looks every so many seconds whether the thread is still there.
+PATIENCE = 1.0
+
 
 class HostLink(Link):
     """The link where both ends are host memory: a thread copies while the caller computes.
@@ -122,6 +127,9 @@ class HostLink(Link):
 
     A copy that is sent ahead of need crosses in pieces, and only while nothing else wants to. It can be recalled, and
     go on later from where it stood, ahead of need or urgently.
+
+    No lock guards the two queues: one that is held where something is raised might never be given back. Both ends
+    change them by single operations, and where they have crossed, a piece of no bytes is moved in vain.
 
     Args:
         pace: let no copy arrive earlier than it would over a link of that speed; None is as fast as memory.
@@ -133,7 +141,7 @@ class HostLink(Link):
         self._urgent: deque[Copy] = deque()
         self._ahead: deque[Copy] = deque()
         self._last: Copy | None = None  # moved before; going on with it has no latency
-        self._changed = threading.Condition()
+        self._changes: SimpleQueue[None] = SimpleQueue()  # one for each: the thread looks again
         self._closed = False
         self._free_at = 0.0  # when the link, at its pace, is done with all it has been given
         self._thread = threading.Thread(target=self._run, name="duomoe-link", daemon=True)
@@ -153,24 +161,24 @@ class HostLink(Link):
 
     def recall(self) -> None:
         """Stop all copies that were sent ahead; a piece that is on its way comes before whatever is sent later."""
-        with self._changed:
-            self._ahead.clear()
+        self._ahead.clear()
 
     def promote(self, copy: Copy) -> Copy:
         """Go on with a recalled copy as an urgent one."""
         return copy if copy.arrived.is_set() else self._queue(copy, self._urgent)
 
     def _queue(self, copy: Copy, queue: deque[Copy]) -> Copy:
-        with self._changed:
-            if self._closed:
-                raise LinkError("the expert link is closed")
-            queue.append(copy)
-            self._changed.notify()
+        if self._closed:
+            raise LinkError("the expert link is closed")
+        queue.append(copy)
+        self._changes.put(None)
         return copy
 
     def wait(self, copy: Copy) -> None:
         """Block until the copy has arrived."""
-        copy.arrived.wait()
+        while not copy.arrived.wait(PATIENCE):
+            if not self._thread.is_alive():
+                raise LinkError("the expert link is closed")
         if copy.error is not None:
             raise LinkError(f"an expert could not be copied into its slot: {copy.error}") from copy.error
 
@@ -184,9 +192,8 @@ class HostLink(Link):
 
     def close(self) -> None:
         """Stop the thread; copies that have not begun fail."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
+        self._closed = True
+        self._changes.put(None)
         if threading.current_thread() is not self._thread:  # a destructor may run in any thread
             self._thread.join()
 
@@ -204,26 +211,26 @@ class HostLink(Link):
 
     def _next(self) -> tuple[Copy, int, bool] | None:
         """Wait for work; return a copy, which stays in its queue, how many bytes to move, and if ahead of need."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._urgent or self._ahead)
-            if self._closed:
-                for copy in (*self._urgent, *self._ahead):
-                    copy.error = LinkError("the expert link was closed")
-                    copy.arrived.set()
-                return None
-            ahead = not self._urgent
-            copy = self._ahead[0] if ahead else self._urgent[0]
-            left = copy.source.nbytes - copy.moved
-            return copy, min(left, max(MIN_PIECE, copy.source.nbytes // PIECES)) if ahead else left, ahead
+        while not self._closed:
+            for queue in (self._urgent, self._ahead):
+                with contextlib.suppress(IndexError):  # it is empty, or has just been emptied
+                    copy = queue[0]
+                    left = copy.source.nbytes - copy.moved
+                    ahead = queue is self._ahead
+                    return copy, min(left, max(MIN_PIECE, copy.source.nbytes // PIECES)) if ahead else left, ahead
+            self._changes.get()
+        for copy in (*self._urgent, *self._ahead):
+            copy.error = LinkError("the expert link was closed")
+            copy.arrived.set()
+        return None
 
     def _finish(self, copy: Copy) -> None:
         """End a piece: the copy leaves its queue if it is through; it may have been recalled or promoted meanwhile."""
-        with self._changed:
-            if copy.error is not None or copy.moved == copy.source.nbytes:
-                for queue in (self._urgent, self._ahead):
-                    if copy in queue:
-                        queue.remove(copy)
-                copy.arrived.set()
+        if copy.error is not None or copy.moved == copy.source.nbytes:
+            for queue in (self._urgent, self._ahead):
+                with contextlib.suppress(ValueError, IndexError):  # it left, or the queue changes at this moment
+                    queue.remove(copy)
+            copy.arrived.set()
 
     def _move(self, copy: Copy, size: int) -> None:
         """Move the next `size` bytes of a copy."""

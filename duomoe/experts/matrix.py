@@ -115,7 +115,8 @@ class Int4Matrix:
         """Return float32 [outer, inner]: (nibble - zero) times scale."""
         inner = self.nibbles.shape[1]
         scales, zeros = (t.float().repeat_interleave(self.group, 1)[:, :inner] for t in (self.scales, self.zeros))
-        return (self.nibbles.float() - zeros) * scales
+        # In the scales' order: AWQ has nibbles by input, and where orders are mixed a CPU takes four times as long.
+        return (self.nibbles.contiguous().float() - zeros) * scales
 
     def row_tensors(self) -> tuple[Tensor, ...]:
         """Return the tensors of a row that hold this matrix: weights, scales and zero points (kernels/quantised.py)."""

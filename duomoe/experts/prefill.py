@@ -9,12 +9,17 @@ first, and with few tokens none.
 What stays behind is what decode starts with: of each layer the experts that its tokens used most, and most recently.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from duomoe.experts.compute import LayerSum
+from duomoe.experts.page_routing import PageRouting
 from duomoe.experts.residency import Residency
 from duomoe.kernels.admit import ONE
+from duomoe.memory.pages import PAGE_SIZE
 
 # Sending an expert ahead wastes its transfer when it is not chosen. When it is, that gains only what the link would
 # have been idle until the router's choice is known, which a few experts fill: so those that are nearly certain.
@@ -39,16 +44,53 @@ def ring_slots(slots: int, num_experts: int) -> int:
     return max(SMALLEST_RING, slots // 4, min(slots // 2, num_experts // 2))
 
 
-def prompt_use(experts: Tensor, num_experts: int) -> Tensor:
+def prompt_use(counts: Tensor, tokens: int, top_k: int) -> Tensor:
     """Return in how many of `ONE` tokens each expert was needed, int32 [num_experts], for decode to begin with.
 
     Args:
-        experts: [tokens, top_k], those of one layer; counted as if a few more tokens had chosen evenly.
-        num_experts: of the layer.
+        counts: [num_experts], how many tokens chose each, in one layer; a few more are added that chose evenly.
+        tokens: how many there were.
+        top_k: experts per token.
     """
-    tokens, top_k = experts.shape
-    share = (experts.flatten().int().bincount(minlength=num_experts) + 1) / (tokens + num_experts / top_k)
+    share = (counts + 1) / (tokens + len(counts) / top_k)
     return (share.clamp(max=1) * ONE).int()
+
+
+class Known(NamedTuple):
+    """What is known of the prompts of a pass by what was computed of them before.
+
+    Attributes:
+        tokens: how many those were.
+        counts: float64 [layers, experts], how many of them chose each expert.
+        worth: the same, but a choice counts half as much for every `HALF_LIFE` tokens that come behind it.
+    """
+
+    tokens: int
+    counts: Tensor
+    worth: Tensor
+
+
+def known_of(routing: PageRouting, prefixes: Sequence[tuple[list[int], int]]) -> Known | None:
+    """Return what is known of prompts whose first pages are there already.
+
+    Args:
+        routing: what those pages' tokens chose.
+        prefixes: for each prompt those pages, and how many tokens come behind them.
+    """
+    pages = [page for prefix, _ in prefixes for page in prefix]
+    if not pages:
+        return None
+    counts = routing.of(pages)
+    ages = torch.tensor(
+        [rest + PAGE_SIZE * behind for prefix, rest in prefixes for behind in range(len(prefix) - 1, -1, -1)]
+    )
+    worth = counts * _worth_at(ages)[:, None, None]
+    return Known(PAGE_SIZE * len(pages), counts.sum(0), worth.sum(0))
+
+
+def _worth_at(ages: Tensor) -> Tensor:
+    """Return what a use so many tokens ago counts for an expert's worth to decode; never 0."""
+    return torch.exp2(-ages.double().clamp(max=HALF_LIFE * 500) / HALF_LIFE)
 
 
 class PrefillStream:
@@ -59,7 +101,7 @@ class PrefillStream:
         top_k: experts per token.
 
     Attributes:
-        use: int32 [layers, experts], in how many of `ONE` tokens of the last pass each expert was needed.
+        use: int32 [layers, experts], in how many of `ONE` tokens of the last pass's prompts each expert was needed.
     """
 
     def __init__(self, residency: Residency, top_k: int) -> None:
@@ -71,14 +113,15 @@ class PrefillStream:
         kept = max(0, slots - ring_slots(slots, self.num_experts)) // max(1, self.num_layers)
         self.spared_below = 1 - kept
         self.tokens = 0  # of the pass
+        self._known: Known | None = None
         self.use = torch.zeros(self.num_layers, self.num_experts, dtype=torch.int32)
         # Of all passes so far, by which it is judged what the next one will need; at first as if all were alike.
         self._seen_tokens = self.num_experts / top_k
         self._seen_uses = torch.ones(self.num_layers, self.num_experts, dtype=torch.float64)
 
-    def begin(self, tokens: int) -> None:
-        """Begin a pass of that many tokens."""
-        self.tokens = tokens
+    def begin(self, tokens: int, known: Known | None) -> None:
+        """Begin a pass of that many tokens, for prompts of which something may be known."""
+        self.tokens, self._known = tokens, known
         # From now on a slot's last use is minus its owner's rank in its layer, so that all layers count alike.
         residency = self.residency
         for index in range(self.num_layers):
@@ -107,14 +150,15 @@ class PrefillStream:
         """
         experts = experts.cpu().long()  # host-sync ok: prefill decides on the host what to send
         experts = experts[experts[:, 0] >= 0]
-        self._note_use(index, experts)
-        worth = self._worth(experts)
-        needed = [expert for expert in range(self.num_experts) if worth[expert] > 0]
+        counts = experts.flatten().bincount(minlength=self.num_experts)
+        needed = counts.nonzero().flatten().tolist()  # host-sync ok: is on the host
+        self._note_use(index, counts, len(experts))
+        worth = self._worth(index, experts)
         ranked = sorted(range(self.num_experts), key=lambda expert: -worth[expert])
         stamps = {expert: -rank for rank, expert in enumerate(ranked)}
         residency = self.residency
         for expert, slot in residency.residents(index).items():
-            if worth[expert] == 0:
+            if counts[expert] == 0:
                 residency.stamp(slot, stamps[expert])
         residency.run(
             total,
@@ -126,18 +170,21 @@ class PrefillStream:
             after_wave=lambda: self.send_ahead(index + 1),
         )
 
-    def _note_use(self, index: int, experts: Tensor) -> None:
-        """Count how often each expert was needed, for decode and for later passes."""
-        self.use[index] = prompt_use(experts, self.num_experts)
-        self._seen_uses[index] += experts.flatten().bincount(minlength=self.num_experts)
+    def _note_use(self, index: int, counts: Tensor, tokens: int) -> None:
+        """Note how often each expert was needed, for decode and for later passes."""
+        self._seen_uses[index] += counts
         if index == self.num_layers - 1:
-            self._seen_tokens += len(experts)
+            self._seen_tokens += tokens
+        if self._known is not None:
+            counts, tokens = counts + self._known.counts[index], tokens + self._known.tokens
+        self.use[index] = prompt_use(counts, tokens, self.top_k)
 
-    def _worth(self, experts: Tensor) -> list[float]:
-        """Return what each expert is worth to decode; more than 0 for those that were chosen, 0 for all others."""
+    def _worth(self, index: int, experts: Tensor) -> list[float]:
+        """Return what each expert is worth to decode; more for each token that chose it, and for later ones."""
         tokens, top_k = experts.shape
-        age = torch.arange(tokens - 1, -1, -1, dtype=torch.float64)
-        use = torch.exp2(-age.clamp(max=HALF_LIFE * 500) / HALF_LIFE)  # clamped, so that it never becomes 0
+        use = _worth_at(torch.arange(tokens - 1, -1, -1))
         worth = torch.zeros(self.num_experts, dtype=torch.float64)
         worth.index_add_(0, experts.flatten(), use.repeat_interleave(top_k))
+        if self._known is not None:
+            worth += self._known.worth[index]
         return worth.tolist()  # host-sync ok: is on the host

@@ -52,7 +52,8 @@ def decodes_of(trace: Trace) -> Decodes:
         if hidden is not None and trace.hidden is not None:
             hidden[row, : steps[row]] = trace.hidden[decode]
         for layer in range(layers):
-            use[row, layer] = prompt_use(prompt[:, layer], trace.num_experts)
+            counts = prompt[:, layer].flatten().int().bincount(minlength=trace.num_experts)
+            use[row, layer] = prompt_use(counts, len(prompt), top_k)
     return Decodes(steps, experts, use, hidden)
 
 

@@ -150,18 +150,13 @@ class StoredMatrices:
                     supported = ", ".join(dtypes)
                     raise InputError(f"{stored.path}: {name} is stored as {stored.dtype}; supported: {supported}")
 
-    def read(self, name: str, shape: tuple[int, ...], pinned: bool = False) -> list[Tensor]:
+    def read(self, name: str, shape: tuple[int, ...]) -> list[Tensor]:
         """Return what a matrix that has been through `check` is stored as, in host memory, for `matrix`.
-
-        Args:
-            name: of the parameter.
-            shape: of it.
-            pinned: into memory that a GPU copies from at full speed, where the system allows it.
 
         Raises:
             InputError: when reading fails.
         """
-        return [self.checkpoint.read(each, pinned) for each in self.tensors(name, shape)]
+        return [self.checkpoint.read(each) for each in self.tensors(name, shape)]
 
     def matrix(self, name: str, shape: tuple[int, ...], parts: list[Tensor], require: Require = at_once) -> Matrix:
         """Return the matrix that `read` has read, where its parts are by now.

@@ -13,8 +13,8 @@ from torch import Tensor
 
 PORTABLE = 1  # cudaHostRegisterPortable: usable from every CUDA context
 
-# Memory is touched in parts of this many bytes.
-TOUCHED_BYTES = 64 << 20
+# Memory is touched in parts of this many bytes, few enough for every thread to have one of a layer's.
+TOUCHED_BYTES = 8 << 20
 
 
 def touched(size: int) -> Tensor:
@@ -39,27 +39,38 @@ def touched(size: int) -> Tensor:
 
 
 def pin(tensor: Tensor) -> bool:
-    """Lock a contiguous host tensor's memory in place for the GPU, for as long as the tensor lives.
-
-    Memory is registered instead of allocated with `pin_memory=True`, because torch rounds such allocations up to a
-    power of two: a 2.8 GB layer of experts would take 4 GB.
+    """Lock memory in place as `register` does, and return whether the system has let it.
 
     Warns:
         RuntimeWarning: when the system refuses; the tensor stays usable, but copies from it are slower.
+    """
+    refusal = register(tensor)
+    if refusal is not None:
+        warnings.warn(
+            f"{tensor.nbytes} bytes of host memory cannot be pinned ({refusal}); experts "
+            "are copied from pageable memory, which is slower. Raise the locked-memory limit (ulimit -l)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return refusal is None
+
+
+def register(tensor: Tensor) -> str | None:
+    """Lock a contiguous host tensor's memory in place for the GPU, for as long as the tensor lives.
+
+    Memory is registered instead of allocated with `pin_memory=True`, because torch rounds such allocations up to a
+    power of two (a 2.8 GB layer of experts would take 4 GB), and never gives them back to the system.
+
+    Returns:
+        Why the system refuses, where it does.
     """
     cudart = torch.cuda.cudart()
     status = cudart.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, PORTABLE)
     if int(status) != 0:
         _forget_error()
-        warnings.warn(
-            f"{tensor.nbytes} bytes of host memory cannot be pinned ({cudart.cudaGetErrorString(status)}); experts "
-            "are copied from pageable memory, which is slower. Raise the locked-memory limit (ulimit -l)",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return False
+        return str(cudart.cudaGetErrorString(status))
     weakref.finalize(tensor, cudart.cudaHostUnregister, tensor.data_ptr())
-    return True
+    return None
 
 
 def _forget_error() -> None:

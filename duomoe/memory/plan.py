@@ -18,13 +18,15 @@ import torch
 from duomoe.errors import InputError
 from duomoe.experts.compute import expanded_experts, worth_expanding
 from duomoe.experts.format import ExpertFormat, plain_format
+from duomoe.experts.page_routing import page_routing_bytes
 from duomoe.experts.policies import BOUNDED, PREDICTED, STREAMING
 from duomoe.experts.prefill import SMALLEST_RING, ring_slots
 from duomoe.kernels import LANES, gemv_splits, use_gemv
 from duomoe.kernels.attention import CHUNK as DECODE_CHUNK
 from duomoe.kernels.permute import BLOCK as SORT_BLOCK
 from duomoe.kernels.quantised import FP8_BLOCK
-from duomoe.memory.kv_cache import PAGE_SIZE, kv_page_bytes, pages_for
+from duomoe.memory.kv_cache import kv_page_bytes
+from duomoe.memory.pages import PAGE_SIZE, pages_for
 from duomoe.models import Architecture, ModelConfig
 from duomoe.sizes import format_size
 
@@ -68,6 +70,7 @@ class Limits:
         max_batch: sequences decoded together.
         predictor_bytes: of the predictor's weights, where the policy has use for one.
         graphs: decode steps are captured as CUDA graphs.
+        prefix_caching: pages serve other prompts again, and what their tokens chose is kept with them.
     """
 
     device: str
@@ -80,6 +83,7 @@ class Limits:
     max_batch: int
     predictor_bytes: int = 0
     graphs: bool = False
+    prefix_caching: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,13 @@ class Plan:
         return self.num_pages * kv_page_bytes(self.model, self.dtype)
 
     @property
+    def page_routing_bytes(self) -> int:
+        """Bytes of the counts of what the tokens of each page chose, where decode begins with them."""
+        if not self.limits.prefix_caching or self.policy not in STREAMING:
+            return 0
+        return page_routing_bytes(self.num_pages, len(self.model.moe_layers), self.model.num_experts)
+
+    @property
     def slot_bytes(self) -> int:
         """Bytes of the expert slots."""
         return self.num_slots * self.row_bytes
@@ -195,7 +206,7 @@ class Plan:
         pages = [self.kv_bytes // (2 * self.model.num_layers)] * (2 * self.model.num_layers)
         pools = len(self.model.moe_layers) if self.policy == "resident" else 1
         rows = [self.slot_bytes // pools] * pools if self.num_slots else []
-        tensors = [*self.weight_sizes, self.predictor_bytes, *pages, *rows]
+        tensors = [*self.weight_sizes, self.predictor_bytes, self.page_routing_bytes, *pages, *rows]
         # Blocks of the workspace are cached and split: a quarter, and two segments, for what does not fit together.
         return (
             cuda_reserved(tensors)
@@ -209,7 +220,7 @@ class Plan:
     def total(self) -> int:
         """Bytes on the device: on CUDA the most that torch's allocator reserves."""
         fixed = self.weights_bytes + self.predictor_bytes + self.workspace_bytes + self.decode_bytes
-        return fixed + self.kv_bytes + self.slot_bytes + self.allocator_bytes
+        return fixed + self.kv_bytes + self.page_routing_bytes + self.slot_bytes + self.allocator_bytes
 
     @property
     def loading_room(self) -> int:
@@ -303,6 +314,7 @@ class Plan:
             "weights_bytes": self.weights_bytes,
             "dequantised_bytes": self.dequantised,
             "kv_cache_bytes": self.kv_bytes,
+            "page_routing_bytes": self.page_routing_bytes,
             "predictor_bytes": self.predictor_bytes,
             "decode_bytes": self.decode_bytes,
             "workspace_bytes": self.workspace_bytes,
@@ -334,6 +346,8 @@ class Plan:
             ("KV pages", self.kv_bytes, f"{self.num_pages * PAGE_SIZE} tokens, {self._sequences()}"),
             ("workspace", self.workspace_bytes, f"for passes of up to {self.pass_tokens} tokens"),
         ]
+        if self.page_routing_bytes:
+            rows.append(("routing by page", self.page_routing_bytes, "which experts its tokens chose"))
         if self.predictor_bytes:
             rows.append(("predictor", self.predictor_bytes, ""))
         if self.decode_bytes:
@@ -505,7 +519,7 @@ def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int:
 def _too_little(least: Plan, limits: Limits) -> str:
     parts = [
         ("weights", least.weights_bytes),
-        (f"KV pages for {least.max_model_len} tokens", least.kv_bytes),
+        (f"KV pages for {least.max_model_len} tokens", least.kv_bytes + least.page_routing_bytes),
         ("workspace", least.workspace_bytes),
         ("predictor", least.predictor_bytes),
         ("decode", least.decode_bytes),

@@ -82,7 +82,7 @@ class Answer(ABC):
             self._count_prompt(chunk.completion)
 
     def _count_prompt(self, completion: Completion) -> None:
-        self._cached_tokens = max(self._cached_tokens, getattr(completion.metrics, "cached_tokens", 0))
+        self._cached_tokens = max(self._cached_tokens, completion.metrics.cached_tokens)
 
     def _usage(self) -> dict[str, Any]:
         return {

@@ -77,8 +77,9 @@ class _Pages:
 
     async def metrics(self, request: Request) -> Response:
         model = self._service.loaded
-        gauges = None if model is None else await model.gauges.read()
-        return Response(self._metrics.exposition(gauges), media_type="text/plain; version=0.0.4")
+        return Response(
+            self._metrics.exposition(None if model is None else model.reading()), media_type="text/plain; version=0.0.4"
+        )
 
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._card(name) for name in self._service.names]})

@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 from typing import Any
 
+from duomoe.chat_output import Delta
 from duomoe.engine.completion import Chunk, Completion
 from duomoe.server.answer import Answer
-from duomoe.server.dialogue import Delta, Parser
 from duomoe.server.generation import Generation
 from duomoe.server.logprobs import chat_logprobs
 from duomoe.server.protocol import ChatRequest
@@ -17,14 +17,14 @@ class ChatAnswer(Answer):
 
     Args:
         generation: what is answered.
-        parsers: take the choices' text apart, one for each.
         texts: how single tokens read.
     """
 
-    def __init__(self, generation: Generation[ChatRequest], parsers: list[Parser], texts: TokenText) -> None:
+    def __init__(self, generation: Generation[ChatRequest], texts: TokenText) -> None:
         super().__init__(generation, "chatcmpl", ("chat.completion", "chat.completion.chunk"))
-        self._request, self._texts, self._parsers = generation.request, texts, parsers
-        self._begun, self._called = [False] * len(parsers), [False] * len(parsers)
+        self._request, self._texts, self._parsers = generation.request, texts, generation.parsers
+        count = len(self._parsers)
+        self._begun, self._called = [False] * count, [False] * count
 
     def pieces(self, index: int, chunk: Chunk) -> Iterable[dict[str, Any]]:
         """Return what a chunk adds; the first one says whose message it is."""
@@ -47,7 +47,7 @@ class ChatAnswer(Answer):
         content, reasoning = (
             "".join(delta.text for delta in deltas if delta.kind == kind) for kind in ("content", "reasoning")
         )
-        calls = _calls(delta for delta in deltas if delta.kind == "call")
+        calls = [_call(delta) for delta in deltas if delta.kind == "call"]
         message: dict[str, Any] = {"role": "assistant", "content": content if content or not calls else None}
         if reasoning:
             message["reasoning_content"] = reasoning
@@ -86,22 +86,9 @@ def _delta(delta: Delta) -> dict[str, Any]:
         return {"content": delta.text}
     if delta.kind == "reasoning":
         return {"reasoning_content": delta.text}
-    if not delta.name:
-        return {"tool_calls": [{"index": delta.index, "function": {"arguments": delta.text}}]}
-    return {"tool_calls": [{"index": delta.index} | _begun(delta)]}
+    return {"tool_calls": [{"index": delta.index} | _call(delta)]}
 
 
-def _begun(call: Delta) -> dict[str, Any]:
-    """Return a call as far as its first delta has it."""
+def _call(call: Delta) -> dict[str, Any]:
+    """Return a call, which comes in one piece."""
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.text}}
-
-
-def _calls(deltas: Iterable[Delta]) -> list[dict[str, Any]]:
-    """Return the calls that deltas add up to, in order."""
-    calls: dict[int, dict[str, Any]] = {}
-    for delta in deltas:
-        if delta.index in calls:
-            calls[delta.index]["function"]["arguments"] += delta.text
-        else:
-            calls[delta.index] = _begun(delta)
-    return list(calls.values())

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from duomoe.errors import InputError
+from duomoe.errors import InputError, PromptTooLong
 
 _TYPES = {
     401: "authentication_error",
@@ -54,6 +54,8 @@ def as_api_error(error: BaseException) -> ApiError:
     """Return what a client is told of any error: its own mistakes in full, of others only that they happened."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, PromptTooLong):
+        return invalid(str(error), code="context_length_exceeded")
     if isinstance(error, InputError):
         return invalid(str(error))
     return ApiError(500, f"the request failed within the server ({type(error).__name__}); its log says why")

@@ -1,8 +1,9 @@
 """A request whose sequences are submitted."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from duomoe.chat_output import OutputParser
 from duomoe.engine.stream import Stream
 from duomoe.server.protocol import ChatRequest, CompletionRequest, Streaming
 
@@ -18,12 +19,14 @@ class Generation(Generic[Asked]):
         name: of the model, as the request calls it.
         prompts: token ids of each prompt.
         streams: of each prompt's choices, all of the first prompt's before those of the second.
+        parsers: of a chat, what takes each choice apart.
     """
 
     request: Asked
     name: str
     prompts: list[list[int]]
     streams: list[Stream]
+    parsers: list[OutputParser] = field(default_factory=list)
 
     @property
     def streaming(self) -> Streaming:

@@ -1,7 +1,8 @@
 """What Prometheus reads: vLLM's names where there is one for a thing, so that its dashboards work; else our own."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
@@ -10,13 +11,28 @@ from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
     from duomoe.engine.completion import Chunk
-    from duomoe.server.gauges import Gauges
+    from duomoe.engine.stats import Stats
 
 # Seconds: from a small model's token on a GPU to a long prompt whose experts cross a slow link.
 _FIRST_TOKEN = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5, 10, 20, 40, 80, 160)
 _BETWEEN_TOKENS = (0.001, 0.002, 0.004, 0.008, 0.015, 0.03, 0.06, 0.12, 0.25, 0.5, 1, 2, 4, 8)
 _WHOLE = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640, 1280)
 _TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The engine at some moment.
+
+    Attributes:
+        stats: what it has under way and has done.
+        slots: for experts, on the device.
+        experts: of all layers.
+    """
+
+    stats: "Stats"
+    slots: int
+    experts: int
 
 
 class Metrics:
@@ -58,9 +74,9 @@ class Metrics:
         """Count a sequence that is complete."""
         self._finished.labels(self._name, reason).inc()
 
-    def exposition(self, gauges: "Gauges | None") -> bytes:
+    def exposition(self, reading: Reading | None) -> bytes:
         """Return all metrics as text; how the engine stands is left out where it is None."""
-        self._engine.gauges = gauges
+        self._engine.reading = reading
         text: bytes = generate_latest(self._registry)
         return text
 
@@ -74,31 +90,39 @@ class _EngineCollector(Collector):
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self.gauges: Gauges | None = None
+        self.reading: Reading | None = None
 
     def collect(self) -> Iterator[Metric]:
         """Return how the engine stood when it was last read."""
-        if self.gauges is not None:
-            yield from self._gauges(self.gauges)
-            yield from self._counters(self.gauges)
+        if self.reading is not None:
+            yield from self._gauges(self.reading)
+            yield from self._counters(self.reading.stats)
 
-    def _gauges(self, gauges: "Gauges") -> Iterator[Metric]:
+    def _gauges(self, reading: Reading) -> Iterator[Metric]:
+        stats = reading.stats
         values = {
-            "vllm:num_requests_running": ("Sequences that are being computed.", gauges.running),
-            "vllm:num_requests_waiting": ("Sequences that wait for their prefill.", gauges.waiting),
-            "vllm:kv_cache_usage_perc": ("Share of KV pages in use, up to 1.", gauges.pages_used / gauges.pages),
-            "duomoe:kv_pages": ("KV pages in all.", gauges.pages),
-            "duomoe:expert_slots": ("Slots for experts on the device.", gauges.slots),
-            "duomoe:experts": ("Experts of all layers.", gauges.experts),
+            "vllm:num_requests_running": ("Sequences that are being computed.", stats.running),
+            "vllm:num_requests_waiting": ("Sequences that wait.", stats.waiting),
+            "vllm:kv_cache_usage_perc": (
+                "Share of KV pages that sequences hold, to 1.",
+                stats.used_pages / stats.pages,
+            ),
+            "duomoe:kv_pages": ("KV pages in all.", stats.pages),
+            "duomoe:kept_pages": ("KV pages kept for prompts that begin alike.", stats.kept_pages),
+            "duomoe:expert_slots": ("Slots for experts on the device.", reading.slots),
+            "duomoe:experts": ("Experts of all layers.", reading.experts),
         }
         for metric, (text, value) in values.items():
             family = GaugeMetricFamily(metric, text, labels=["model_name"])
             family.add_metric([self._name], value)
             yield family
 
-    def _counters(self, gauges: "Gauges") -> Iterator[Metric]:
-        traffic = gauges.traffic
+    def _counters(self, stats: "Stats") -> Iterator[Metric]:
+        traffic = stats.experts
         values = {
+            "vllm:prefix_cache_queries": ("Tokens of prompts that were looked for in pages.", stats.prompt_tokens),
+            "vllm:prefix_cache_hits": ("Tokens of prompts that were found in pages.", stats.found_tokens),
+            "vllm:num_preemptions": ("How often a sequence gave its pages to others.", stats.preemptions),
             "duomoe:expert_hits": ("Experts that a layer needed and that had a slot.", traffic.hits),
             "duomoe:expert_misses": ("Experts that a layer needed and that had none.", traffic.misses),
             "duomoe:prefetch_used_bytes": ("Prefetched bytes that were needed then.", traffic.prefetch_used_bytes),
@@ -108,10 +132,20 @@ class _EngineCollector(Collector):
             family.add_metric([self._name], value)
             yield family
         causes = {"streamed": traffic.streamed_bytes, "demand": traffic.demand_bytes}
-        link = CounterMetricFamily("duomoe:link_bytes", "Bytes of experts sent.", labels=["model_name", "cause"])
-        for cause, value in (causes | {"prefetched": traffic.prefetched_bytes}).items():
-            link.add_metric([self._name, cause], value)
-        yield link
+        sent = causes | {"prefetched": traffic.prefetched_bytes}
+        yield self._labelled("duomoe:link_bytes", "Bytes of experts sent.", "cause", sent)
+        yield self._labelled("duomoe:passes", "Passes.", "kind", {"prefill": stats.passes, "decode": stats.steps})
+        took = {"prefill": stats.pass_s, "decode": stats.step_s}
+        yield self._labelled("duomoe:pass_seconds", "What passes took.", "kind", took)
+        expected = {"prefill": stats.expected_pass_s, "decode": stats.expected_step_s}
+        yield self._labelled("duomoe:pass_seconds_expected", "What they were expected to take.", "kind", expected)
+
+    def _labelled(self, metric: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
+        """Return a counter that is divided by a label."""
+        family = CounterMetricFamily(metric, text, labels=["model_name", label])
+        for name, value in values.items():
+            family.add_metric([self._name, name], value)
+        return family
 
 
 class Watch:

@@ -8,20 +8,19 @@ from typing import Any
 from duomoe.engine.stream import Stream
 from duomoe.errors import InputError
 from duomoe.llm import LLM
-from duomoe.sampling import SamplingParams
 from duomoe.server.answer import Answer
 from duomoe.server.chat import ChatAnswer
 from duomoe.server.completions import CompletionAnswer
-from duomoe.server.dialogue import Dialogue
 from duomoe.server.errors import ApiError, invalid
 from duomoe.server.fields import Fields, parse_object
-from duomoe.server.gauges import GaugeReader
 from duomoe.server.generation import Generation
+from duomoe.server.metrics import Reading
 from duomoe.server.params import default_options, sampling_params
 from duomoe.server.protocol import (
     NEUTRAL,
     ChatRequest,
     CompletionRequest,
+    Conversation,
     Prompt,
     Sampling,
     parse_chat,
@@ -41,14 +40,11 @@ class ServedModel:
 
     Attributes:
         texts: how single tokens read; None where there is no tokenizer.
-        gauges: reads how the engine stands.
     """
 
     def __init__(self, llm: LLM, service: Service) -> None:
         self.llm, self.service = llm, service
-        self.dialogue = Dialogue(llm)
         self.texts = TokenText(llm.tokenizer) if llm.tokenizer is not None else None
-        self.gauges = GaugeReader(llm)
         self._defaults = default_options(llm.generation_config)
 
     def begin_completion(self, body: bytes, tenant: bytes) -> Generation[CompletionRequest]:
@@ -67,19 +63,19 @@ class ServedModel:
         """Submit what a body of /v1/chat/completions asks for; raises as `begin_completion`."""
         request = parse_chat(parse_object(body))
         name = self.service.check_name(request.model)
-        prompts = [self.dialogue.tokens(request.conversation)]
-        stop = (*request.sampling.options.get("stop", ()), *self.dialogue.stop)
+        prompt = self._conversation(request.conversation)
+        parsers = [self.llm.output_parser(prompt, request.conversation.tools) for _ in range(request.sampling.n)]
+        stop = (*request.sampling.options.get("stop", ()), *self.llm.chat_stop)
         sampling = replace(request.sampling, options=request.sampling.options | {"stop": stop})
-        streams = self._submit(prompts, sampling, _salt(tenant, request.salt))
-        return Generation(request, name, prompts, streams)
+        streams = self._submit([prompt], sampling, _salt(tenant, request.salt), parsers[0].markers)
+        return Generation(request, name, [prompt], streams, parsers)
 
     def answer(self, generation: Generation[Any]) -> Answer:
         """Return what makes the answer of what is generated."""
         request = generation.request
         if isinstance(request, CompletionRequest):
             return CompletionAnswer(generation, self.texts)
-        parsers = [self.dialogue.parser(request.conversation) for _ in generation.streams]
-        return ChatAnswer(generation, parsers, self._texts())
+        return ChatAnswer(generation, self._texts())
 
     def end(self, generation: Generation[Any]) -> None:
         """End what still runs of a request; once."""
@@ -92,34 +88,28 @@ class ServedModel:
             return prompt
         if self.llm.tokenizer is None:
             raise InputError("the checkpoint has no tokenizer.json; give prompts as token ids")
-        return self.llm.tokenizer.encode(prompt, special)
+        return self.llm.tokenizer.encode(prompt, special, self.llm.max_model_len)
 
-    def _submit(self, prompts: Sequence[list[int]], sampling: Sampling, salt: bytes) -> list[Stream]:
-        """Submit the choices of all prompts, once all are known to fit."""
-        longest = self.llm.max_model_len
-        each = sampling_params(sampling, self._defaults, longest)
-        for prompt in prompts:
-            if len(prompt) >= longest:
-                raise invalid(
-                    f"this model's context is {longest} tokens, prompt and answer together; a prompt has {len(prompt)}",
-                    "messages" if len(prompts) == 1 else "prompt",
-                    "context_length_exceeded",
-                )
+    def _conversation(self, conversation: Conversation) -> list[int]:
+        return self.llm.chat_tokens(conversation.messages, conversation.tools, conversation.template_kwargs)
+
+    def _submit(
+        self, prompts: Sequence[list[int]], sampling: Sampling, salt: bytes, shown: Sequence[str] = ()
+    ) -> list[Stream]:
+        """Submit the choices of all prompts, or of none."""
+        each = sampling_params(sampling, self._defaults, self.llm.max_model_len)
         count = len(prompts) * sampling.n
         self.service.take_sequences(count)
         streams: list[Stream] = []
         try:
             for prompt in prompts:
-                streams += [self._stream(prompt, params, salt) for params in each]
+                streams += [self.llm.submit(prompt, params, salt=salt, shown=shown) for params in each]
         except BaseException:
             for stream in streams:
                 stream.close()
             self.service.give_back_sequences(count)
             raise
         return streams
-
-    def _stream(self, prompt: list[int], params: SamplingParams, salt: bytes) -> Stream:
-        return self.llm.submit(prompt, params)
 
     def tokenize(self, body: bytes) -> dict[str, Any]:
         """Answer /tokenize: the tokens of a text, or of a conversation.
@@ -131,7 +121,7 @@ class ServedModel:
         self.service.check_name(fields.text("model"))
         strings = fields.flag("return_token_strs")
         text, special = fields.text("prompt"), fields.flag("add_special_tokens", True)
-        tokens = self._encode(text, special) if text is not None else self.dialogue.tokens(parse_conversation(fields))
+        tokens = self._encode(text, special) if text is not None else self._conversation(parse_conversation(fields))
         fields.finish((), NEUTRAL)
         told = [self._texts().of(token)[0] for token in tokens] if strings else None
         longest = self.llm.max_model_len
@@ -155,6 +145,14 @@ class ServedModel:
         if self.texts is None:
             raise ApiError(501, "the checkpoint has no tokenizer.json")
         return self.texts
+
+    def reading(self) -> Reading | None:
+        """Return how the engine stands; None where it has ended. Returns at once."""
+        plan = self.llm.plan
+        try:
+            return Reading(self.llm.stats(), plan.num_slots, plan.num_experts)
+        except RuntimeError:
+            return None
 
     def check(self) -> None:
         """Raise unless the engine runs; returns at once.

@@ -105,7 +105,7 @@ def times(runs: Sequence[Run], phase: str) -> list[float]:
 
 def compare(dtype: str, rounds: int) -> list[Cell]:
     """Measure both phases in one dtype."""
-    llm = LLM(device="cpu", dtype=dtype)
+    llm = LLM(device="cpu", dtype=dtype, prefix_caching=False)
     assert llm.tokenizer is not None
     prompt = llm.tokenizer.encode(TEXT.read_text(encoding="utf-8"))[:PROMPT_TOKENS]
     others = combinations(getattr(torch, dtype), prompt)

@@ -143,7 +143,10 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.paced = args.device == "cpu"
-        self.options = dict(path=args.model, device=args.device, max_batch=1, max_model_len=args.max_model_len)
+        # Each run computes its prompt from the first token on.
+        self.options = dict(
+            path=args.model, device=args.device, max_batch=1, max_model_len=args.max_model_len, prefix_caching=False
+        )
         if self.paced:
             # One thread computes and one is the link. More would make computing depend on the copies.
             torch.set_num_threads(1)

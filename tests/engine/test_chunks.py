@@ -24,7 +24,7 @@ def test_cut_keeps_every_token_in_order_and_fills_all_but_the_last(lengths: list
     at: dict[int, int] = {}
     for span in chain(*found):
         number = span.pages[0]
-        assert span.begin == at.get(number, number) and span.length == number + lengths[number]
+        assert span.begin == at.get(number, number) and span.prompt_length == number + lengths[number]
         assert span.tokens == [100 * number + span.begin - number + i for i in range(len(span.tokens))]
         at[number] = span.begin + len(span.tokens)
     assert at == {n: n + length for n, length in enumerate(lengths)}

@@ -33,7 +33,7 @@ def llm(tiny: Callable[..., Any]) -> Iterator[LLM]:
 def held(llm: LLM) -> tuple[int, int, int]:
     """Pages and requests that the engine holds, once it has heard of all that callers have done so far."""
     return llm._thread.call(
-        lambda engine: (engine.cache.allocator.used, len(engine.scheduler.running), len(engine.scheduler.waiting))
+        lambda engine: (engine.cache.pages.used, len(engine.scheduler.running), len(engine.scheduler.waiting))
     )
 
 

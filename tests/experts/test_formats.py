@@ -21,7 +21,8 @@ from duomoe.experts.compute import ExpertSum, LayerSum, worth_expanding
 from duomoe.experts.conversion import Conversion
 from duomoe.experts.format import ALIGNMENT, ExpertFormat, fp8_format, int4_format, packed_format, plain_format
 from duomoe.experts.matrix import DoesNotPack, PlainMatrix, to_fp8, to_int4
-from duomoe.experts.stored import Filled, StoredMatrices, fill_row, places
+from duomoe.experts.staged import staged_expert
+from duomoe.experts.stored import Filled, StoredMatrices, fill_row
 from duomoe.kernels import expand
 from duomoe.kernels.quantised import dequantise
 from duomoe.models.batch import Routing
@@ -124,10 +125,13 @@ def test_rows_made_on_a_gpu_are_those_made_on_the_host(case: str, shape: tuple[i
     stored, expert_format = layer.stored(quantization), format_of(*shape)
     rows = layer.rows(expert_format)
     on_host = fill_rows(stored, expert_format, layer.sources, rows)
-    read = [[stored.read(place.source, place.shape) for place in places(sources)] for sources in layer.sources]
-    conversion = Conversion(stored, expert_format, places(layer.sources[0]), read[0], torch.device("cuda"))
-    for parts, row in zip(read, rows, strict=True):
-        conversion.run(parts)
+    experts = [staged_expert(stored, sources) for sources in layer.sources]
+    conversion = Conversion(stored, expert_format, experts[0], torch.device("cuda"))
+    for expert, row in zip(experts, rows, strict=True):
+        memory = torch.empty(expert.buffer_bytes, dtype=torch.uint8)
+        stored.checkpoint.read_parts([part for parts in expert.matrices for part in parts], memory)
+        conversion.send(memory)
+        conversion.run()
         assert conversion.holds
         assert torch.equal(conversion.row.cpu()[written(expert_format)], row[written(expert_format)])
     filled = Filled(*conversion.squares.tolist())

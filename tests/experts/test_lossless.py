@@ -145,7 +145,7 @@ def test_a_failed_copy_is_an_error_where_it_is_needed_and_harms_nobody_else(
         except LinkError as error:
             assert "the bus fell off" in str(error)
     assert link.fail_in <= 0
-    assert llm.engine.cache.allocator.used == 0
+    assert llm.engine.cache.pages.used == 0
     assert llm.generate(prompt_of(20), params)[0].token_ids == expected
     link.close()
 

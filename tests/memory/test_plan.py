@@ -287,7 +287,10 @@ def test_what_is_allocated_is_what_was_planned(
         else storages(*(view for views in llm.policy.weights for view in views.values()))  # type: ignore[attr-defined]
     )
     assert (weights, pages, slots) == (plan.weights_bytes, plan.kv_bytes, plan.slot_bytes)
-    others = plan.workspace_bytes + plan.predictor_bytes
+    routing = getattr(llm.policy, "_page_routing", None)
+    assert (0 if routing is None else storages(routing.counts)) == plan.page_routing_bytes
+    assert (plan.page_routing_bytes > 0) == (plan.policy == "duo")
+    others = plan.workspace_bytes + plan.predictor_bytes + plan.page_routing_bytes
     assert memory is None or weights + pages + slots + others == plan.total <= float(memory[:-2]) * 1e6
     assert llm.memory.items() <= plan.as_dict().items()
     prompt = prompt_of(40)

@@ -97,7 +97,7 @@ def test_a_batch_of_unequal_prompts_equals_one_by_one(
     together = llm.generate(prompts, SamplingParams(max_new_tokens=24))
     for prompt, completion in zip(prompts, together, strict=True):
         assert completion.token_ids == model.greedy(prompt, 24)
-    assert llm.engine.cache.allocator.used == 0
+    assert llm.engine.cache.pages.used == 0
 
 
 @pytest.mark.parametrize("device", DEVICES)

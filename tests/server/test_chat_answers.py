@@ -1,19 +1,17 @@
 """/v1/chat/completions: conversations, and answers taken apart."""
 
-import inspect
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import pytest
 from servers import NAME, InProcess, Process, events, has
 
 from duomoe import LLM, Completion, SamplingParams
+from duomoe.chat_output import Delta
 from duomoe.engine.completion import Chunk, Metrics
 from duomoe.experts.link import Traffic
 from duomoe.server.chat import ChatAnswer
-from duomoe.server.dialogue import Text
 from duomoe.server.generation import Generation
 from duomoe.server.protocol import parse_chat
 from duomoe.server.token_text import TokenText
@@ -21,10 +19,6 @@ from duomoe.server.token_text import TokenText
 PATH = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "Hello"}]
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
-
-conversations = pytest.mark.skipif(
-    "messages" not in inspect.signature(LLM.chat_tokens).parameters, reason="LLM.chat_tokens takes one message"
-)
 
 
 def test_an_answer_continues_the_template(server: InProcess, llm: LLM) -> None:
@@ -64,7 +58,6 @@ def test_events_add_up_to_the_whole_answer(process: Process, server: InProcess) 
         assert mine[-1]["delta"] == {}
 
 
-@conversations
 def test_all_roles_and_parts_are_rendered(server: InProcess) -> None:
     call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
     messages = [
@@ -162,21 +155,11 @@ def test_logprobs_of_a_message(server: InProcess, process: Process) -> None:
 # How answers that are taken apart look; by what they are taken apart is tested where that is.
 
 
-@dataclass(frozen=True)
-class Piece:
-    kind: str
-    text: str
-    index: int = 0
-    id: str = ""
-    name: str = ""
-
-
 SCRIPT = {
-    "r": Piece("reasoning", "Hm."),
-    "c": Text("Well: "),
-    "f": Piece("call", '{"a"', 0, "id0", "f"),
-    "a": Piece("call", ": 1}", 0),
-    "g": Piece("call", "{}", 1, "id1", "g"),
+    "r": Delta("reasoning", "Hm."),
+    "c": Delta("content", "Well: "),
+    "f": Delta("call", '{"a": 1}', 0, "id0", "f"),
+    "g": Delta("call", "{}", 1, "id1", "g"),
 }
 
 
@@ -187,18 +170,18 @@ class Scripted:
         return [SCRIPT[letter] for letter in text]
 
     def finish(self) -> Sequence[Any]:
-        return [Text("!")]
+        return [Delta("content", "!")]
 
 
 def scripted(llm: LLM, text: str, reason: str, **fields: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The choice of a whole answer, and those of its events, when a model answers `text` letter by letter."""
     request = parse_chat({"messages": HELLO} | fields)
-    metrics = Metrics(1, 0.0, 0.0, 0.0, Traffic())
+    metrics = Metrics(1, 0, 0.0, 0.0, 0.0, Traffic())
     completion = Completion(text, [1] * len(text), reason, metrics)
 
     def answer() -> ChatAnswer:
-        generation = Generation(request, NAME, [[1]], cast(Any, [None]))
-        return ChatAnswer(generation, [Scripted()], TokenText(llm.tokenizer))
+        generation = Generation(request, NAME, [[1]], cast(Any, [None]), cast(Any, [Scripted()]))
+        return ChatAnswer(generation, TokenText(llm.tokenizer))
 
     streamed = answer()
     last = len(text) - 1
@@ -207,7 +190,7 @@ def scripted(llm: LLM, text: str, reason: str, **fields: Any) -> tuple[dict[str,
 
 
 def test_calls_and_reasoning_whole_and_as_events(llm: LLM) -> None:
-    whole, pieces = scripted(llm, "rcfag", "stop")
+    whole, pieces = scripted(llm, "rcfg", "stop")
     calls = [
         {"id": "id0", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}},
         {"id": "id1", "type": "function", "function": {"name": "g", "arguments": "{}"}},
@@ -224,20 +207,19 @@ def test_calls_and_reasoning_whole_and_as_events(llm: LLM) -> None:
         {"role": "assistant", "content": ""},
         {"reasoning_content": "Hm."},
         {"content": "Well: "},
-        {"tool_calls": [{"index": 0, "id": "id0", "type": "function", "function": {"name": "f", "arguments": '{"a"'}}]},
-        {"tool_calls": [{"index": 0, "function": {"arguments": ": 1}"}}]},
-        {"tool_calls": [{"index": 1, "id": "id1", "type": "function", "function": {"name": "g", "arguments": "{}"}}]},
+        {"tool_calls": [{"index": 0} | calls[0]]},
+        {"tool_calls": [{"index": 1} | calls[1]]},
         {"content": "!"},
         {},
     ]
-    assert [piece["finish_reason"] for piece in pieces] == [None] * 7 + ["tool_calls"]
+    assert [piece["finish_reason"] for piece in pieces] == [None] * 6 + ["tool_calls"]
 
 
 def test_only_the_first_call_counts_where_one_is_wanted(llm: LLM) -> None:
-    whole, pieces = scripted(llm, "fag", "stop", parallel_tool_calls=False)
+    whole, pieces = scripted(llm, "fg", "stop", parallel_tool_calls=False)
     assert [call["id"] for call in whole["message"]["tool_calls"]] == ["id0"]
     indices = [call["index"] for piece in pieces for call in piece["delta"].get("tool_calls", [])]
-    assert indices == [0, 0]
+    assert indices == [0]
 
 
 def test_calls_that_the_length_cuts_off_end_so(llm: LLM) -> None:

@@ -5,6 +5,7 @@ import json
 import re
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -103,10 +104,24 @@ def test_metrics_count_what_was_done(llm: LLM) -> None:
     assert found['duomoe:link_bytes_total{cause="streamed"}'] == traffic.streamed_bytes
 
 
+def test_documents_name_metrics_that_are_there(llm: LLM) -> None:
+    server = InProcess(llm)
+    server.complete(prompt="The sea", max_tokens=2)
+    server.error("/v1/completions", 400, {})
+    exposed = set(re.findall(r"^((?:vllm|duomoe):\w+)", server.get("/metrics").text, re.MULTILINE))
+    docs = Path(__file__).parents[2] / "docs"
+    named = set(re.findall(r"(?:vllm|duomoe):\w+", (docs / "grafana.json").read_text()))
+    assert named
+    assert named <= exposed
+    told = set(re.findall(r"(?:vllm|duomoe):\w+", (docs / "serving.md").read_text()))
+    families = {re.sub("_(total|bucket|count|sum|created)$", "", name) for name in exposed}
+    assert told == families
+
+
 def test_metrics_do_not_wait_for_a_step(llm: LLM) -> None:
     server, go_on = InProcess(llm), threading.Event()
     before = samples(server.get("/metrics").text)
-    llm.between_steps(lambda engine: go_on.wait(20) and None)
+    llm._thread.send(lambda engine: go_on.wait(20) and None)
     try:
         begin = time.monotonic()
         assert (
@@ -170,7 +185,7 @@ def test_a_request_ends_with_its_time(llm: LLM) -> None:
     server = InProcess(llm, Limits(request_seconds=0.05))
     error = server.error("/v1/completions", 504, {"prompt": "a", "max_tokens": 4000, "ignore_eos": True})
     assert error["code"] == "timeout"
-    assert llm._thread.call(lambda engine: engine.cache.allocator.used) == 0
+    assert llm._thread.call(lambda engine: engine.stats().used_pages) == 0
     assert server.service._sequences == server.service.requests == server.service._body_bytes == 0
 
 
@@ -204,8 +219,8 @@ JSON = {"content-type": "application/json"}
         (b'{"prompt": "a", "max_tokens": ' + b"9" * 5000 + b"}", "not JSON"),
         (b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
         (b'{"a":' * 50_000 + b"1" + b"}" * 50_000, "nested too deeply"),
-        (b'{"prompt": "' + b"a " * 300_000 + b'"}', "context"),
-        (b'{"prompt": [' + b"1," * 300_000 + b"1]}", "context"),
+        (b'{"prompt": "' + b"a " * 300_000 + b'"}', "tokens"),
+        (b'{"prompt": [' + b"1," * 300_000 + b"1]}", "tokens"),
     ],
 )
 def test_a_hostile_body_is_refused(server: InProcess, body: bytes, message: str) -> None:

@@ -85,6 +85,7 @@ def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
         "eos_token": END_OF_TEXT,
         "pad_token": END_OF_TEXT,
         "clean_up_tokenization_spaces": False,
+        "chat_stop_strings": ["\n\n"],  # chat_template.jinja writes a conversation as a play
     }
     (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 

@@ -3,15 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from duomoe.experts.decode import Decode
 from duomoe.experts.fetcher import DeviceFetcher, Fetcher, HostFetcher
 from duomoe.experts.link import HostLink, Link, Traffic
+from duomoe.experts.page_routing import PageRouting
 from duomoe.experts.policies.bounded import BoundedPolicy
 from duomoe.experts.policies.policy import joined
 from duomoe.experts.predictor import Predictor
-from duomoe.experts.prefill import PrefillStream
+from duomoe.experts.prefill import Known, PrefillStream, known_of
 from duomoe.experts.slots import Directory
 from duomoe.experts.store import ExpertStore
 from duomoe.models import Batch, LayerKV, Model, Routing
@@ -55,6 +57,19 @@ class CachedPolicy(BoundedPolicy):
             self.decoder = Decode(self.directory, pool, fetcher, self.predicted, predictor if self.predicted else None)
         self.can_be_captured = self.decoder is not None
         self.decoding = False  # the directory is the valid one, not the residency
+        self._page_routing: PageRouting | None = None
+        self._known: Known | None = None  # of the prompts of the next prefill
+        self._rows: list[Tensor] = []  # of each chunk of the pass
+        self._chosen: list[Tensor] = []  # by the tokens of a decode step, in each layer so far
+
+    def keep_routing(self, page_routing: PageRouting) -> None:
+        """From now on, count what the tokens of each page choose."""
+        self._page_routing = page_routing
+
+    def recall(self, prefixes: Sequence[tuple[list[int], int]]) -> None:
+        """Find out which experts the next prefill's prompts have used so far."""
+        if self._page_routing is not None:
+            self._known = known_of(self._page_routing, prefixes)
 
     def prefill(self, chunks: Sequence[Batch], kv: Sequence[LayerKV]) -> list[Tensor]:
         """Pass prompts through all blocks, with the host deciding; takes over from decode."""
@@ -63,7 +78,9 @@ class CachedPolicy(BoundedPolicy):
             self.decoding = False
             self.decoder.fetcher.drop()
             self.residency.read(self.directory)
-        self.stream.begin(sum(len(chunk.tokens) for chunk in chunks))
+        known, self._known = self._known, None
+        self.stream.begin(sum(len(chunk.tokens) for chunk in chunks), known)
+        self._rows = [chunk.rows for chunk in chunks]
         return super().prefill(chunks, kv)
 
     def prepare_decode(self) -> None:
@@ -81,8 +98,11 @@ class CachedPolicy(BoundedPolicy):
         """
         if self.decoder is None:
             return self.prefill([batch], kv)[0]
+        self._chosen = []
         stream = super().decode(batch, kv)
         self.decoder.end()
+        if self._page_routing is not None:
+            self._page_routing.note(batch.rows, torch.stack(self._chosen))
         return stream
 
     def note_step(self, sequences: int, seconds: float) -> None:
@@ -99,8 +119,12 @@ class CachedPolicy(BoundedPolicy):
         """Compute what is in slots while the rest is on its way."""
         total = self.layer_sum(inputs, routings)
         if self.decoder is None or not self.decoding:
+            if self._page_routing is not None:
+                for rows, routing in zip(self._rows, routings, strict=True):
+                    self._page_routing.note(rows, routing.experts[None], index)
             self.stream.run(total, index, joined(routings).experts)
         else:
+            self._chosen.append(routings[0].experts)
             self.decoder.run(total, index, inputs[0], routings[0])
         return total.totals()
 

@@ -52,6 +52,13 @@ class Policy(ABC):
         """
         return self._walk(chunks, kv)
 
+    def recall(self, prefixes: Sequence[tuple[list[int], int]]) -> None:  # noqa: B027  # not all care what was before
+        """Called before a prefill with what is computed already of its prompts.
+
+        Args:
+            prefixes: for each prompt the pages that are, and how many tokens come behind them.
+        """
+
     def prepare_decode(self) -> None:  # noqa: B027
         """Called before each decode step; may wait for the device."""
 
