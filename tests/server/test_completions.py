@@ -255,3 +255,21 @@ def test_an_echo_comes_first(process: Process) -> None:
     found = events(process, PATH, prompt="The sea", echo=True, **GREEDY)
     assert found[0]["choices"][0]["text"].startswith("The sea")
     assert sum("The sea" in event["choices"][0]["text"] for event in found) == 1
+
+
+# Prefixes.
+
+
+def test_prefixes_are_shared_within_a_salt(llm: LLM) -> None:
+    keyed = InProcess(llm, keys=["one", "two"])
+
+    def cached(key: str, **fields: Any) -> int:
+        body = {"prompt": [7, 8, 9, 10] * 40, "max_tokens": 1} | fields
+        answer = keyed.post(PATH, body, headers={"authorization": f"Bearer {key}"}).json()
+        return answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    assert cached("one") == 0
+    assert cached("one") >= 128
+    assert cached("two") == 0
+    assert cached("one", cache_salt="mine") == 0
+    assert cached("one", cache_salt="mine") >= 128
