@@ -316,6 +316,15 @@ class LLM:
         """
         self._thread.check()
 
+    def check_device(self) -> None:
+        """Raise unless the device still computes; waits for a step that goes on.
+
+        Raises:
+            RuntimeError: when it does not, as a GPU after some faults; and as `check`.
+        """
+        if self.plan.device == "cuda":
+            self._thread.call(lambda engine: torch.cuda.synchronize(engine.model.device))
+
     def tokenizer_config(self) -> dict[str, Any]:
         """Return the checkpoint's tokenizer_config.json; empty where there is none.
 

@@ -3,6 +3,7 @@
 import base64
 import functools
 import hashlib
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -97,7 +98,8 @@ class _Pages:
         """Answer what is computed off the event loop from a request's body."""
         model = self._service.model
         async with body_of(request.scope, request.receive, self._service) as body:
-            return JSONResponse(await self._service.run(functools.partial(answer, model, body)))
+            told = await self._service.run(lambda: json.dumps(answer(model, body)).encode())
+        return Response(told, media_type="application/json")
 
     async def tokenizer_info(self, request: Request) -> Response:
         return JSONResponse(await self._service.run(self._service.model.tokenizer_info))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.types import Receive, Scope, Send
 
+from duomoe.errors import InputError
 from duomoe.server.body import body_of
 from duomoe.server.errors import ApiError, ClientGone, as_api_error
 from duomoe.server.events import Events, while_connected
@@ -54,6 +55,8 @@ class Generate:
         except ClientGone:
             raise
         except Exception as error:
+            if not isinstance(error, ApiError | InputError):
+                await self._service.examine()
             if not events.started:
                 raise
             scope["state"]["error"] = error

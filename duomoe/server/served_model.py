@@ -11,7 +11,7 @@ from duomoe.llm import LLM
 from duomoe.server.answer import Answer
 from duomoe.server.chat import ChatAnswer
 from duomoe.server.completions import CompletionAnswer
-from duomoe.server.errors import ApiError, invalid
+from duomoe.server.errors import invalid
 from duomoe.server.fields import Fields, parse_object
 from duomoe.server.generation import Generation
 from duomoe.server.metrics import Reading
@@ -29,6 +29,7 @@ from duomoe.server.protocol import (
 )
 from duomoe.server.service import Service
 from duomoe.server.token_text import TokenText
+from duomoe.tokenizer import Tokenizer
 
 
 class ServedModel:
@@ -83,12 +84,15 @@ class ServedModel:
             stream.close()
         self.service.give_back_sequences(len(generation.streams))
 
-    def _encode(self, prompt: Prompt, special: bool = True) -> list[int]:
+    def _encode(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):
             return prompt
+        return self._tokenizer().encode(prompt, limit=self.llm.max_model_len)
+
+    def _tokenizer(self) -> Tokenizer:
         if self.llm.tokenizer is None:
             raise InputError("the checkpoint has no tokenizer.json; give prompts as token ids")
-        return self.llm.tokenizer.encode(prompt, special, self.llm.max_model_len)
+        return self.llm.tokenizer
 
     def _conversation(self, conversation: Conversation) -> list[int]:
         return self.llm.chat_tokens(conversation.messages, conversation.tools, conversation.template_kwargs)
@@ -121,7 +125,10 @@ class ServedModel:
         self.service.check_name(fields.text("model"))
         strings = fields.flag("return_token_strs")
         text, special = fields.text("prompt"), fields.flag("add_special_tokens", True)
-        tokens = self._encode(text, special) if text is not None else self._conversation(parse_conversation(fields))
+        if text is None:
+            tokens = self._conversation(parse_conversation(fields))
+        else:
+            tokens = self._tokenizer().encode(text, special)
         fields.finish((), NEUTRAL)
         told = [self._texts().of(token)[0] for token in tokens] if strings else None
         longest = self.llm.max_model_len
@@ -143,7 +150,7 @@ class ServedModel:
 
     def _texts(self) -> TokenText:
         if self.texts is None:
-            raise ApiError(501, "the checkpoint has no tokenizer.json")
+            raise InputError("the checkpoint has no tokenizer.json")
         return self.texts
 
     def reading(self) -> Reading | None:

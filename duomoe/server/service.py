@@ -88,6 +88,14 @@ class Service:
             except RuntimeError as error:
                 self.fail(str(error))
 
+    async def examine(self) -> None:
+        """Find out, after a step has failed, whether others can go well."""
+        if self._model is not None and self.state != "failed":
+            try:
+                await self.run(self._model.llm.check_device)
+            except RuntimeError as error:
+                self.fail(str(error))
+
     @property
     def loaded(self) -> "ServedModel | None":
         """The model, whether or not new requests are taken; None until it is loaded."""

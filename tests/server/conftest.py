@@ -1,5 +1,6 @@
 """Servers of the embedded model: one within this process, and one that is a process of its own."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,28 +11,18 @@ from servers import NAME, InProcess, Process, start
 from duomoe import LLM
 from duomoe.model_folder import EMBEDDED_MODEL
 
-# A transcript. The model has learned no conversations: this only has to be rendered.
-TEMPLATE = """\
-{%- for message in messages %}
-{{ message.role | upper }}
-{{ (message.content or '') | trim }}
-
-{% endfor %}
-{%- if add_generation_prompt -%}
-ASSISTANT
-{% endif %}"""
-
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded model, with a chat template."""
+    """The embedded model, whose answers in chats end at no string."""
     path = tmp_path_factory.mktemp("model") / NAME
     path.mkdir()
     for file in EMBEDDED_MODEL.iterdir():
-        if file.is_file():
+        if file.is_file() and file.name != "tokenizer_config.json":
             (path / file.name).symlink_to(file)
-    (path / "chat_template.jinja").unlink(missing_ok=True)
-    (path / "chat_template.jinja").write_text(TEMPLATE)
+    settings = json.loads((EMBEDDED_MODEL / "tokenizer_config.json").read_text())
+    settings.pop("chat_stop_strings")
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
     return path
 
 

@@ -32,6 +32,14 @@ def test_an_answer_continues_the_template(server: InProcess, llm: LLM) -> None:
     assert answer["usage"]["prompt_tokens"] == len(tokens)
 
 
+def test_an_answer_ends_at_the_checkpoints_strings_too() -> None:
+    with LLM(device="cpu") as llm:
+        assert llm.chat_stop == ("\n\n",)
+        choices = InProcess(llm).chat(messages=HELLO, n=4, seed=1, max_tokens=100, stop="\x00")["choices"]
+        assert "stop" in [choice["finish_reason"] for choice in choices]
+        assert not any("\n\n" in choice["message"]["content"] for choice in choices)
+
+
 def test_the_newer_limit_counts_before_the_older(server: InProcess) -> None:
     asked: dict[str, Any] = {"messages": HELLO, "temperature": 0, "ignore_eos": True}
     count = server.chat(**asked, max_completion_tokens=3, max_tokens=9)["usage"]["completion_tokens"]

@@ -36,6 +36,7 @@ def test_text_to_tokens_and_back(server: InProcess, llm: LLM) -> None:
     assert (answer["tokens"], answer["count"], answer["max_model_len"]) == (tokens, len(tokens), llm.max_model_len)
     assert len(answer["token_strs"]) == len(tokens)
     assert server.post("/detokenize", {"tokens": tokens}).json() == {"prompt": text}
+    assert server.post("/tokenize", {"prompt": "a " * 50_000}).json()["count"] > llm.max_model_len
     for body in ({"tokens": [10**9]}, {"tokens": "a"}, {"tokens": [1.5]}, {"tokens": [True]}, {}):
         assert server.error("/detokenize", 400, body)["param"] == "tokens"
     assert server.error("/tokenize", 400, {"prompt": "a", "surprise": 1})["param"] == "surprise"
@@ -187,6 +188,20 @@ def test_a_request_ends_with_its_time(llm: LLM) -> None:
     assert error["code"] == "timeout"
     assert llm._thread.call(lambda engine: engine.stats().used_pages) == 0
     assert server.service._sequences == server.service.requests == server.service._body_bytes == 0
+
+
+def test_a_device_that_computes_no_more_ends_the_service(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: object, requests: object, *, prefill: bool) -> None:
+        raise RuntimeError("a kernel went wrong")
+
+    server = InProcess(llm)
+    with monkeypatch.context() as patched:
+        patched.setattr(type(llm.engine), "_advance", fail)
+        assert server.error("/v1/completions", 500, {"prompt": "a"})["type"] == "server_error"
+        assert server.get("/health").json() == {"status": "ready"}  # it was the request's step alone
+        patched.setattr(llm, "check_device", lambda: fail(None, None, prefill=False))
+        server.error("/v1/completions", 500, {"prompt": "a"})
+    assert server.get("/health").json() == {"status": "failed", "reason": "a kernel went wrong"}
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(llm: LLM) -> None:
