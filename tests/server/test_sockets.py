@@ -316,3 +316,47 @@ def test_keys_come_from_flags_files_or_the_environment(starting: Callable[..., P
     assert [status(key) for key in ("from-environment", "filed-1", "filed-2", "other")] == [200, 200, 200, 401]
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=f"{process.url}/v1", api_key="other", max_retries=0).models.list()
+
+
+# Serves, with little patience, room for few connections, and small buffers.
+IMPATIENT = """
+import socket, sys
+import duomoe.server.connection as connection
+connection.PATIENCE = 0.5
+connection.MAX_CONNECTIONS = 20
+made = connection.Connection.connection_made
+def small(self, transport):
+    transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    made(self, transport)
+    transport.set_write_buffer_limits(4096)
+connection.Connection.connection_made = small
+from duomoe.serve import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_connections_that_only_hold_on_are_ended(starting: Callable[..., Process]) -> None:
+    process = starting(command=["-c", IMPATIENT])
+    process.wait_ready()
+    for sent in (b"", head(length=1000)[:-3]):
+        with connect(process) as connection:
+            connection.sendall(sent)
+            assert connection.recv(100) == b""
+    with connect(process) as kept:
+        held = [connect(process) for _ in range(60)]
+        try:
+            assert answered(process)
+            assert kept.recv(100) == b""  # the one that had idled longest
+        finally:
+            for connection in held:
+                connection.close()
+    # One that reads nothing ends, however long its answer would be.
+    body = json.dumps({"prompt": "a", "max_tokens": 4000, "ignore_eos": True, "n": 8, "stream": True}).encode()
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        url = urlsplit(process.url)
+        connection.connect((url.hostname, url.port))
+        connection.sendall(head(length=len(body)) + body)
+        wait_for(lambda: metric(process, "vllm:num_requests_running") == 8)
+        wait_idle(process)
+        assert metric(process, "duomoe:requests_abandoned_total") == 1
