@@ -56,6 +56,8 @@ class ServedModel:
         """
         request = parse_completion(parse_object(body))
         name = self.service.check_name(request.model)
+        if request.logprobs is not None:
+            self._texts()  # tokens are told by their texts
         prompts = [self._encode(prompt) for prompt in request.prompts]
         streams = self._submit(prompts, request.sampling, _salt(tenant, request.salt))
         return Generation(request, name, prompts, streams)

@@ -45,7 +45,7 @@ class Service:
     """A model that is loading, ready, draining or failed, and the requests that are under way.
 
     Attributes:
-        state: changed in the event loop only.
+        state: what `/health` says.
         reason: why it has failed.
         failed_at: when it has, in seconds of the monotonic clock.
         requests: that are being answered with generated text.

@@ -134,6 +134,32 @@ def test_metrics_do_not_wait_for_a_step(llm: LLM) -> None:
         go_on.set()
 
 
+def test_a_prompt_that_takes_long_does_not_hold_up_others(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    server, begun, go_on = InProcess(llm), threading.Event(), threading.Event()
+    encode = type(llm.tokenizer).encode
+
+    def slow(self: Any, text: str, *args: Any, **options: Any) -> list[int]:
+        if text == "slow":
+            begun.set()
+            go_on.wait(20)
+        return encode(self, text, *args, **options)
+
+    monkeypatch.setattr(type(llm.tokenizer), "encode", slow)
+    answers: list[int] = []
+    body = {"prompt": "slow", "max_tokens": 1}
+    asking = threading.Thread(target=lambda: answers.append(server.post("/v1/completions", body).status_code))
+    asking.start()
+    try:
+        assert begun.wait(20)
+        assert server.get("/health").status_code == 200
+        assert server.complete(prompt="fast", max_tokens=1)["choices"]
+        assert not answers
+    finally:
+        go_on.set()
+        asking.join(20)
+    assert answers == [200]
+
+
 def test_who_has_no_key_is_told_so(llm: LLM) -> None:
     server = InProcess(llm, keys=KEYS)
     body = {"prompt": "The sea", "max_tokens": 1}
