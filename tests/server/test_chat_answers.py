@@ -146,6 +146,25 @@ def test_a_schema_is_followed(server: InProcess) -> None:
     assert set(json.loads(answer["choices"][0]["message"]["content"])) == {"a"}
 
 
+@has("grammar")
+def test_schemas_that_blow_up_hurt_nobody(server: InProcess) -> None:
+    deep: dict[str, Any] = {"type": "string"}
+    for _ in range(400):
+        deep = {"type": "object", "properties": {"a": deep}, "required": ["a"]}
+    for schema in (
+        deep,
+        {"type": "string", "pattern": "((a{1,500}){1,500}){1,500}"},
+        {"type": "array", "minItems": 10**9, "items": {"type": "integer"}},
+        {"$ref": "#/definitions/missing"},
+        {"$ref": "https://example.com/schema.json"},
+        {"enum": ["x" * number for number in range(2000)]},
+    ):
+        wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        answer = server.post(PATH, {"messages": HELLO, "response_format": wanted, "max_tokens": 4})
+        assert answer.status_code in (200, 400), answer.text
+    assert server.chat(messages=HELLO, **GREEDY)["choices"]
+
+
 @has("logprobs")
 def test_logprobs_of_a_message(server: InProcess, process: Process) -> None:
     asked: dict[str, Any] = {"messages": HELLO, "logprobs": True, "top_logprobs": 2}
