@@ -97,17 +97,17 @@ def engine_config(args: argparse.Namespace) -> "EngineConfig":
     return EngineConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(EngineConfig)})
 
 
-def run_command(body: Callable[[], None]) -> int:
-    """Run a tool and return its exit code: 0; 2 for what the user can mend, said in one line; 130 when interrupted.
+def run_command(body: Callable[[], int | None]) -> int:
+    """Run a tool and return its exit code: its own, or 0; 2 for what the user can mend, said in one line.
 
-    A reader that leaves (a closed pipe) ends the tool silently.
+    An interrupt is 130. A reader that leaves (a closed pipe) ends the tool silently.
     """
     warnings.showwarning = lambda message, *_: say(f"warning: {message}")
     warnings.filterwarnings("ignore", NO_NUMPY)
     # Threads that wait should sleep: where the cores are shared, spinning ones make small models many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        body()
+        return body() or 0
     except InputError as error:
         say(f"error: {error}")
         return 2

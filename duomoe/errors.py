@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend."""
+"""The exceptions for what a user can mend."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +16,10 @@ class InputError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(one_line(message))
+
+
+class PromptTooLong(InputError):
+    """A prompt has more tokens than the model's context has room for."""
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from duomoe.engine.scheduler import Limits, Scheduler
 from duomoe.engine.stats import Stats
 from duomoe.engine.stream import Stream, submit_all
 from duomoe.engine.thread import EngineThread
-from duomoe.errors import InputError
+from duomoe.errors import InputError, PromptTooLong
 from duomoe.experts.link import open_link
 from duomoe.experts.page_routing import PageRouting
 from duomoe.experts.policies import BOUNDED, PREDICTED, Policy, Resident
@@ -64,6 +64,7 @@ class LLM:
 
     Attributes:
         startup: how long the parts of starting have taken.
+        generation_config: what the checkpoint suggests for sampling; here only its end-of-sequence tokens are heeded.
         chat_stop: strings that end an answer in a chat, besides its end-of-sequence tokens.
 
     Raises:
@@ -95,8 +96,8 @@ class LLM:
             folder = path if isinstance(path, ModelFolder) else ModelFolder(path)
             self.plan = self.engine_config.plan(folder)
             self.tokenizer = folder.tokenizer
-            generation = folder.checkpoint.read_json("generation_config.json") or {}
-        also = token_ids(generation.get("eos_token_id"), "generation_config.json")
+            self.generation_config = folder.checkpoint.read_json("generation_config.json") or {}
+        also = token_ids(self.generation_config.get("eos_token_id"), "generation_config.json")
         self.config = folder.config
         self.eos_token_ids = frozenset(self.config.eos_token_ids) | frozenset(also)
         self.chat_stop = chat_stop_strings(folder.checkpoint)
@@ -307,6 +308,31 @@ class LLM:
             size = format_size(len(checked) * self.config.vocab_size * 4)
             raise InputError(f"the GPU's memory does not hold {size} of logits; give a shorter prompt") from None
 
+    def check(self) -> None:
+        """Raise unless requests can still be served; returns at once.
+
+        Raises:
+            RuntimeError: when the model is closed, its thread has ended, or it was loaded in another process.
+        """
+        self._thread.check()
+
+    def check_device(self) -> None:
+        """Raise unless the device still computes; waits for a step that goes on.
+
+        Raises:
+            RuntimeError: when it does not, as a GPU after some faults; and as `check`.
+        """
+        if self.plan.device == "cuda":
+            self._thread.call(lambda engine: torch.cuda.synchronize(engine.model.device))
+
+    def tokenizer_config(self) -> dict[str, Any]:
+        """Return the checkpoint's tokenizer_config.json; empty where there is none.
+
+        Raises:
+            InputError: when it cannot be read.
+        """
+        return self._folder.checkpoint.read_json("tokenizer_config.json") or {}
+
     def stats(self) -> Stats:
         """Return what is under way and what was done so far; never waits, in whatever thread.
 
@@ -407,7 +433,7 @@ class LLM:
                     f"{token!r} is not a token id of this model; they go from 0 to {self.config.vocab_size - 1}"
                 )
         if len(tokens) + room > self.max_model_len:
-            raise InputError(
+            raise PromptTooLong(
                 f"the prompt has {len(tokens)} tokens; prompt and answer may have {self.max_model_len} tokens"
             )
         return tokens

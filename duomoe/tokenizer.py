@@ -7,7 +7,7 @@ from tokenizers import Tokenizer as Encoder
 
 from duomoe.checkpoint import Checkpoint
 from duomoe.detokenizer import Decoding, Detokenizer
-from duomoe.errors import InputError, naming_failures
+from duomoe.errors import PromptTooLong, naming_failures
 from duomoe.special_tokens import read_special_tokens
 from duomoe.token_bound import TokenBound
 
@@ -53,12 +53,15 @@ class Tokenizer:
                 The caller still compares the length.
 
         Raises:
-            InputError: when the tokenizer has no tokens for it, or the text is certainly too long.
+            PromptTooLong: when the text certainly has more tokens than the limit.
+            InputError: when the tokenizer has no tokens for it.
         """
         if limit is not None and len(text) > CHARACTERS_PER_TOKEN * limit:
             least = self._bound.least_tokens(text)
             if least > limit:
-                raise InputError(f"the prompt has at least {least} tokens; prompt and answer may have {limit} tokens")
+                raise PromptTooLong(
+                    f"the prompt has at least {least} tokens; prompt and answer may have {limit} tokens"
+                )
         with naming_failures("the prompt cannot be turned into tokens"):
             ids: list[int] = self.encoder.encode(text, add_special_tokens=special).ids
         return ids

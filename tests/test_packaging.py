@@ -72,10 +72,12 @@ def test_with_core_dependencies_alone_nothing_is_printed_but_text_and_summary(in
     [
         ("import duomoe", "torch triton tqdm"),
         ("import runpy; runpy.run_module('duomoe.generate', run_name='__main__')", "torch triton"),
+        ("import runpy; runpy.run_module('duomoe.serve', run_name='__main__')", "torch triton starlette uvicorn"),
+        ("from duomoe.server import app, process; assert app.PAGE.is_file()", "torch triton jinja2"),
         ("from duomoe import LLM", "torch._dynamo torch._inductor"),
         ("from duomoe import LLM; LLM(); import torch; assert not torch.cuda.is_initialized()", "torch._dynamo"),
     ],
-    ids=["import", "help", "import of LLM", "LLM on a CPU"],
+    ids=["import", "help", "help of serve", "the server's own modules", "import of LLM", "LLM on a CPU"],
 )
 def test_nothing_is_imported_before_it_is_needed(installed: Path, program: str, absent: str) -> None:
     begin = "import sys, atexit; sys.argv = ['generate', '--help']; "

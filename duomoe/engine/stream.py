@@ -54,6 +54,21 @@ class Stream:
                 self._look_after()
         raise StopAsyncIteration
 
+    async def batch(self) -> list[Chunk]:
+        """Wait for the next chunk in a coroutine; return it, and those that have come behind it meanwhile.
+
+        Raises:
+            StopAsyncIteration: at the end.
+            Exception: as `__next__`; chunks that came just before are lost then.
+        """
+        chunks = [await self.__anext__()]
+        while not self._ended:
+            try:
+                chunks.append(self._take(self._outbox.get(0)))
+            except Empty:
+                break
+        return chunks
+
     def _look_after(self) -> None:
         """Where nothing has come for a while, see whether anything can."""
         if self._outbox.is_over:
