@@ -20,13 +20,34 @@ class Metrics:
 
 
 @dataclass(frozen=True)
+class Logprobs:
+    """Natural logarithms of probabilities in the model's own distribution, at temperature 1 and before all changes.
+
+    Attributes:
+        logprob: of the token that is there.
+        top: token ids and theirs, the likeliest first; as many as were asked for.
+    """
+
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
 class Completion:
-    """What a prompt was continued with."""
+    """What a prompt was continued with.
+
+    Attributes:
+        finish_reason: "stop" or "length".
+        logprobs: of each token, where they were asked for.
+        prompt_logprobs: of each token of the prompt, where they were asked for; None for the first one.
+    """
 
     text: str
     token_ids: list[int]
-    finish_reason: str  # "stop" or "length"
+    finish_reason: str
     metrics: Metrics
+    logprobs: list[Logprobs] | None = None
+    prompt_logprobs: list[Logprobs | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -36,3 +57,4 @@ class Chunk:
     text: str
     token_id: int
     completion: Completion | None
+    logprobs: Logprobs | None = None  # of the token, where they were asked for

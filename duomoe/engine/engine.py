@@ -12,13 +12,14 @@ from torch import Tensor
 
 from duomoe.engine.chunks import Span, batch_of, cut
 from duomoe.engine.completion import Chunk
-from duomoe.engine.decode_step import DecodeStep
+from duomoe.engine.decode_step import DecodeStep, Sampled
+from duomoe.engine.logprobs import prompt_logprobs
 from duomoe.engine.request import Request
 from duomoe.engine.scheduler import Scheduler
 from duomoe.experts.policies import Policy
 from duomoe.memory.kv_cache import KVCache
 from duomoe.models import Model
-from duomoe.sampling import SamplingParams, sample
+from duomoe.sampling import SamplingParams
 
 
 class Engine:
@@ -62,12 +63,13 @@ class Engine:
     def cancel(self, request: Request) -> None:
         """Forget a request, wherever it stands; its pages are free then."""
         self.scheduler.remove(request)
+        self.decode_step.leave(request)
 
     def fail(self, requests: Iterable[Request], error: BaseException) -> None:
         """End requests, each with an error of its own; nothing is kept of what was at hand where it was raised."""
         traceback.clear_frames(error.__traceback__)
         for request in list(requests):
-            self.scheduler.remove(request)
+            self.cancel(request)
             request.outbox.put(_copy(error))
 
     def close(self) -> None:
@@ -88,13 +90,13 @@ class Engine:
             return
         try:
             with self._failing_safely():
-                tokens = self._advance(requests, bool(admitted))
+                sampled = self._advance(requests, bool(admitted))
         except BaseException as error:
             self.fail(requests, error)
             return
-        for request, token in zip(requests, tokens, strict=True):
+        for request, each in zip(requests, sampled, strict=True):
             try:
-                self._give(request, token)
+                self._give(request, each)
             except BaseException as error:
                 self.fail([request], error)
 
@@ -110,52 +112,46 @@ class Engine:
                 error.add_note(f"after that: {other}")
             raise
 
-    def _give(self, request: Request, token: int) -> None:
-        """Hand a token to its request, and what it adds to the caller."""
-        text = request.accept(token, self.eos)
+    def _give(self, request: Request, sampled: Sampled | Exception) -> None:
+        """Hand a token to its request, and what it adds to the caller; raise what is wrong with the request instead."""
+        if isinstance(sampled, Exception):
+            raise sampled
+        text = request.accept(sampled.token, self.eos, sampled.logprobs)
         completion = None
         if request.finish_reason is not None:
-            self.scheduler.remove(request)
+            self.cancel(request)
             assert request.traffic_before is not None, "a request that runs was added"
             completion = request.completion(self.policy.traffic_so_far().since(request.traffic_before))
-        request.outbox.put(Chunk(text, token, completion))
+        request.outbox.put(Chunk(text, sampled.token, completion, sampled.logprobs))
 
     @torch.inference_mode()
     def prepare(self, sequences: int, params: Sequence[SamplingParams]) -> None:
         """Compile and capture the steps of so many sequences with such parameters, and of all fewer."""
-        self.decode_step.prepare(sequences, all(each.temperature == 0 for each in params))
+        self.decode_step.prepare(sequences, params)
 
-    def _advance(self, requests: list[Request], admitted: bool) -> list[int]:
-        """Return the next token of each request."""
+    def _advance(self, requests: list[Request], admitted: bool) -> list[Sampled | Exception]:
+        """Return the next token of each request, or what is wrong with that request alone."""
         begin = time.perf_counter()
-        tokens = self._prefill(requests) if admitted else self.decode_step.run(requests)
-        read: list[int] = tokens.tolist()  # host-sync ok: the one read of a step
+        (self._prefill if admitted else self.decode_step.launch)(requests)
+        read = self.decode_step.read()
         if not admitted:
             self.policy.note_step(len(requests), time.perf_counter() - begin)
         return read
 
-    def _prefill(self, requests: list[Request]) -> Tensor:
-        """Return the first token of each request, int64 [requests]; what their next ones need is there by then."""
+    def _prefill(self, requests: list[Request]) -> None:
+        """Pass prompts, and launch the sampling of their first tokens; what their next ones need is there by then."""
         if any(request.params.max_new_tokens > 1 for request in requests):
             running = self.scheduler.running
             self.prepare(len(running), [request.params for request in running])
         stream = torch.cat(self._pass([(request.number, request.prompt) for request in requests]))
-        ends = self._tensor(list(itertools.accumulate(len(request.prompt) for request in requests)))
-        logits = self.model.logits(stream[ends - 1])
-        params = [request.params for request in requests]
-        if all(p.temperature == 0 for p in params):
-            return logits.argmax(-1)
-        return sample(
-            logits,
-            self._tensor([p.temperature for p in params]),
-            self._tensor([p.top_k for p in params]),
-            self._tensor([p.top_p for p in params]),
-            self._tensor([request.seed for request in requests]),
-            self._tensor([request.length for request in requests]),
-        )
-
-    def _tensor(self, values: Sequence[int | float]) -> Tensor:
-        return torch.tensor(values).to(self.model.device, non_blocking=True)
+        ends = list(itertools.accumulate(len(request.prompt) for request in requests))
+        for request, end in zip(requests, ends, strict=True):
+            if (count := request.params.prompt_logprobs) is not None:
+                of_prompt = stream[end - len(request.prompt) : end]
+                rows = self.scheduler.max_batch
+                request.prompt_logprobs = prompt_logprobs(self.model, of_prompt, request.prompt, count, rows)
+        last = torch.tensor(ends).to(self.model.device, non_blocking=True) - 1
+        self.decode_step.begin(requests, self.model.logits(stream[last]))
 
     @torch.inference_mode()
     def logits(self, tokens: list[int]) -> Tensor:

@@ -3,9 +3,10 @@
 import time
 from dataclasses import dataclass, field
 
-from duomoe.engine.completion import Completion, Metrics
+from duomoe.engine.completion import Completion, Logprobs, Metrics
 from duomoe.engine.outbox import Outbox
 from duomoe.experts.link import Traffic
+from duomoe.grammar import Matcher
 from duomoe.sampling import SamplingParams
 from duomoe.tokenizer import TextStream
 
@@ -16,7 +17,8 @@ class Request:
 
     Attributes:
         length_limit: the most tokens the sequence may have, prompt included.
-        finish_reason: "stop" (an EOS token or a stop string), "length", or None while it runs.
+        matcher: says which tokens its grammar lets come.
+        finish_reason: "stop" (a token that ends it, or a stop string), "length", or None while it runs.
         outbox: where its chunks go, and an error that ends it.
         traffic_before: what had crossed the link when it was added to the engine.
     """
@@ -27,8 +29,11 @@ class Request:
     seed: int
     length_limit: int
     stream: TextStream
+    matcher: Matcher | None = None
     outbox: Outbox = field(default_factory=Outbox)
     generated: list[int] = field(default_factory=list)
+    logprobs: list[Logprobs] = field(default_factory=list)
+    prompt_logprobs: list[Logprobs | None] | None = None
     finish_reason: str | None = None
     traffic_before: Traffic | None = None
     submitted: float = field(default_factory=time.perf_counter)  # this and the next two: seconds on that clock
@@ -40,13 +45,20 @@ class Request:
         """Tokens of the sequence so far."""
         return len(self.prompt) + len(self.generated)
 
-    def accept(self, token: int, eos: frozenset[int]) -> str:
+    def ends(self, eos: frozenset[int]) -> frozenset[int]:
+        """Return the tokens that end it, where `eos` are those of the model."""
+        ignored = self.params.ignore_eos and self.matcher is None
+        return frozenset(self.params.stop_token_ids).union(() if ignored else eos)
+
+    def accept(self, token: int, eos: frozenset[int], logprobs: Logprobs | None = None) -> str:
         """Append a sampled token, decide whether the sequence ends with it, and return the text that is certain now."""
         self.last_token = time.perf_counter()
         if not self.generated:
             self.first_token = self.last_token
         self.generated.append(token)
-        ended = token in eos and not self.params.ignore_eos
+        if logprobs is not None:
+            self.logprobs.append(logprobs)
+        ended = token in self.ends(eos)
         text = "" if ended else self.stream.push(token)
         if ended or self.stream.stopped:
             self.finish_reason = "stop"
@@ -67,4 +79,5 @@ class Request:
             e2e_s=self.last_token - self.submitted,
             experts=experts,
         )
-        return Completion(self.stream.text, self.generated, self.finish_reason, metrics)
+        logprobs = None if self.params.logprobs is None else self.logprobs
+        return Completion(self.stream.text, self.generated, self.finish_reason, metrics, logprobs, self.prompt_logprobs)

@@ -25,6 +25,7 @@ from duomoe.kernels.attention import CHUNK as DECODE_CHUNK
 from duomoe.kernels.permute import BLOCK as SORT_BLOCK
 from duomoe.kernels.quantised import FP8_BLOCK
 from duomoe.memory.kv_cache import PAGE_SIZE, kv_page_bytes, pages_for
+from duomoe.memory.sequences import row_pages, sequences_bytes
 from duomoe.models import Architecture, ModelConfig
 from duomoe.sizes import format_size
 
@@ -146,6 +147,11 @@ class Plan:
         return self.num_pages * kv_page_bytes(self.model, self.dtype)
 
     @property
+    def sequences_bytes(self) -> int:
+        """Bytes of what steps know of each running sequence."""
+        return sequences_bytes(self.max_batch, row_pages(self.max_model_len), self.model.vocab_size)
+
+    @property
     def slot_bytes(self) -> int:
         """Bytes of the expert slots."""
         return self.num_slots * self.row_bytes
@@ -161,7 +167,10 @@ class Plan:
         if self.device != "cuda":
             return 0
         parts = self.workspace()
-        graphs = parts["logits"] + parts["decode attention"] + parts["decode experts"] if self.limits.graphs else 0
+        graphs = 0
+        if self.limits.graphs:
+            graphs = parts["logits"] + parts["decode attention"] + parts["decode experts"]
+            graphs += 4 * self.max_batch * self.model.vocab_size  # logits on their way from one graph to the other
         if self.limits.graphs and self.expert_format.packed and not self._all_few(self.max_batch):
             graphs += parts["expanded experts"]
         directory = self.num_slots * (4 * LANES + 20) + 24 * self.num_experts if self.policy in STREAMING else 0
@@ -195,7 +204,7 @@ class Plan:
         pages = [self.kv_bytes // (2 * self.model.num_layers)] * (2 * self.model.num_layers)
         pools = len(self.model.moe_layers) if self.policy == "resident" else 1
         rows = [self.slot_bytes // pools] * pools if self.num_slots else []
-        tensors = [*self.weight_sizes, self.predictor_bytes, *pages, *rows]
+        tensors = [*self.weight_sizes, self.predictor_bytes, self.sequences_bytes, *pages, *rows]
         # Blocks of the workspace are cached and split: a quarter, and two segments, for what does not fit together.
         return (
             cuda_reserved(tensors)
@@ -209,7 +218,7 @@ class Plan:
     def total(self) -> int:
         """Bytes on the device: on CUDA the most that torch's allocator reserves."""
         fixed = self.weights_bytes + self.predictor_bytes + self.workspace_bytes + self.decode_bytes
-        return fixed + self.kv_bytes + self.slot_bytes + self.allocator_bytes
+        return fixed + self.kv_bytes + self.sequences_bytes + self.slot_bytes + self.allocator_bytes
 
     @property
     def loading_room(self) -> int:
@@ -233,7 +242,7 @@ class Plan:
         model, item = self.model, self.dtype.itemsize
         n, hidden, top_k = self.pass_tokens, model.hidden_size, model.top_k
         chunk = max(min(n, CHUNK_TOKENS), self.max_batch)
-        pages = max(2, pages_for(self.max_model_len))
+        pages = row_pages(self.max_model_len)
         dense = model.intermediate_size if not all(model.is_moe) else 0
         mlp = max(dense, model.shared_intermediate_size)
         context_chunks = math.ceil(pages * PAGE_SIZE / DECODE_CHUNK)
@@ -303,6 +312,7 @@ class Plan:
             "weights_bytes": self.weights_bytes,
             "dequantised_bytes": self.dequantised,
             "kv_cache_bytes": self.kv_bytes,
+            "sequences_bytes": self.sequences_bytes,
             "predictor_bytes": self.predictor_bytes,
             "decode_bytes": self.decode_bytes,
             "workspace_bytes": self.workspace_bytes,
@@ -332,6 +342,7 @@ class Plan:
         rows = [
             ("non-expert weights", self.weights_bytes, dense),
             ("KV pages", self.kv_bytes, f"{self.num_pages * PAGE_SIZE} tokens, {self._sequences()}"),
+            ("sequences", self.sequences_bytes, "page tables, counts of tokens and masks"),
             ("workspace", self.workspace_bytes, f"for passes of up to {self.pass_tokens} tokens"),
         ]
         if self.predictor_bytes:
@@ -506,6 +517,7 @@ def _too_little(least: Plan, limits: Limits) -> str:
     parts = [
         ("weights", least.weights_bytes),
         (f"KV pages for {least.max_model_len} tokens", least.kv_bytes),
+        ("sequences", least.sequences_bytes),
         ("workspace", least.workspace_bytes),
         ("predictor", least.predictor_bytes),
         ("decode", least.decode_bytes),
