@@ -9,10 +9,22 @@ from duomoe.version import __version__
 if TYPE_CHECKING:
     from duomoe.config import EngineConfig
     from duomoe.errors import InputError
-    from duomoe.llm import LLM, Chunk, Completion, Metrics
+    from duomoe.grammar import Grammar
+    from duomoe.llm import LLM, Chunk, Completion, Logprobs, Metrics
     from duomoe.sampling import SamplingParams
 
-__all__ = ["LLM", "Chunk", "Completion", "EngineConfig", "InputError", "Metrics", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "Chunk",
+    "Completion",
+    "EngineConfig",
+    "Grammar",
+    "InputError",
+    "Logprobs",
+    "Metrics",
+    "SamplingParams",
+    "__version__",
+]
 
 # What torch says as it is imported where there is no numpy, which nothing here needs.
 NO_NUMPY = "Failed to initialize NumPy"
@@ -23,6 +35,8 @@ _HOMES = {
     "LLM": "llm",
     "Chunk": "llm",
     "Completion": "llm",
+    "Grammar": "grammar",
+    "Logprobs": "llm",
     "Metrics": "llm",
     "SamplingParams": "sampling",
 }

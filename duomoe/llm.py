@@ -17,7 +17,7 @@ from torch import Tensor
 from duomoe.chat_output import OutputParser
 from duomoe.chat_template import ChatTemplate, Message, chat_stop_strings
 from duomoe.config import EngineConfig
-from duomoe.engine.completion import Chunk, Completion, Metrics
+from duomoe.engine.completion import Chunk, Completion, Logprobs, Metrics
 from duomoe.engine.decode_step import DecodeStep
 from duomoe.engine.engine import Engine
 from duomoe.engine.log import EngineLog
@@ -34,6 +34,7 @@ from duomoe.experts.policies import BOUNDED, PREDICTED, Policy, Resident
 from duomoe.experts.policies.cached import CachedPolicy
 from duomoe.experts.predictor import GatePredictor, Predictor, load_predictor
 from duomoe.experts.store import ExpertStore
+from duomoe.grammar import GrammarCompiler
 from duomoe.kernel_cache import check_kernel_cache
 from duomoe.loading import load_weights
 from duomoe.memory.kv_cache import KVCache
@@ -47,7 +48,7 @@ from duomoe.sizes import format_size
 from duomoe.startup import Startup
 from duomoe.text_stream import TextStream
 
-__all__ = ["EMBEDDED_MODEL", "LLM", "Chunk", "Completion", "Metrics"]
+__all__ = ["EMBEDDED_MODEL", "LLM", "Chunk", "Completion", "Logprobs", "Metrics"]
 
 Prompt = str | Sequence[int]
 
@@ -102,6 +103,7 @@ class LLM:
         self.eos_token_ids = frozenset(self.config.eos_token_ids) | frozenset(also)
         self.chat_stop = chat_stop_strings(folder.checkpoint)
         self._folder = folder
+        self._compiler: GrammarCompiler | None = None
         self._limit: weakref.finalize[..., LLM] | None = None
         if self.plan.device == "cuda":
             check_kernel_cache()
@@ -175,8 +177,15 @@ class LLM:
         assert cache.num_bytes == plan.kv_bytes, "the KV pages are not as planned"
         scheduler: Scheduler[Request] = Scheduler(cache.pages, Limits(plan.max_batch, plan.pass_tokens))
         decode_step = DecodeStep(
-            model, self.policy, cache, plan.max_batch, plan.max_model_len, captured=self.engine_config.graph
+            model,
+            self.policy,
+            cache,
+            plan.max_batch,
+            plan.max_model_len,
+            captured=self.engine_config.graph,
+            eos=self.eos_token_ids,
         )
+        assert decode_step.sequences.num_bytes == plan.sequences_bytes, "the rows of sequences are not as planned"
         log = None if self.engine_config.engine_log is None else EngineLog(Path(self.engine_config.engine_log))
         self.engine = Engine(model, self.policy, cache, self.eos_token_ids, scheduler, decode_step, log)
         self._thread = EngineThread(self.engine)
@@ -401,6 +410,8 @@ class LLM:
     def _request(self, prompt: Prompt, params: SamplingParams, salt: bytes = b"", shown: Sequence[str] = ()) -> Request:
         if params.stop and self.tokenizer is None:
             raise InputError("--stop needs a tokenizer, and this checkpoint has no tokenizer.json")
+        for token in (*params.stop_token_ids, *(params.logit_bias or {})):
+            self._check_token(token)
         tokens = self._tokens(prompt)
         keys = None
         # Where keys depend on the sequence's length, no other sequence can use them.
@@ -412,10 +423,26 @@ class LLM:
             keys=keys,
             longest=min(len(tokens) + params.max_new_tokens, self.max_model_len),
             prompt_length=len(tokens),
+            reuses=params.prompt_logprobs is None,
             params=params,
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             stream=TextStream(self.tokenizer, params.stop, tokens, shown),
+            matcher=None if params.grammar is None else self._grammars().matcher(params.grammar),
         )
+
+    def _grammars(self) -> GrammarCompiler:
+        """Return what compiles grammars for this model's tokenizer, made when it is first asked for."""
+        if self._compiler is None:
+            tokenizer = self._folder.need_tokenizer().encoder.to_str()
+            eos = [token for token in self.eos_token_ids if token < self.config.vocab_size]
+            self._compiler = GrammarCompiler(tokenizer, self.config.vocab_size, eos)
+        return self._compiler
+
+    def _check_token(self, token: object) -> None:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.config.vocab_size:
+            raise InputError(
+                f"{token!r} is not a token id of this model; they go from 0 to {self.config.vocab_size - 1}"
+            )
 
     def _tokens(self, prompt: Prompt, room: int = 1) -> list[int]:
         """Return a prompt's token ids, having checked that they fit, with `room` for as many new ones."""
@@ -428,10 +455,7 @@ class LLM:
         if not tokens:
             raise InputError("the prompt is empty")
         for token in tokens:
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.config.vocab_size:
-                raise InputError(
-                    f"{token!r} is not a token id of this model; they go from 0 to {self.config.vocab_size - 1}"
-                )
+            self._check_token(token)
         if len(tokens) + room > self.max_model_len:
             raise PromptTooLong(
                 f"the prompt has {len(tokens)} tokens; prompt and answer may have {self.max_model_len} tokens"

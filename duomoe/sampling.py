@@ -1,96 +1,134 @@
-"""How the next token is chosen: greedily, or from the k most likely or the top-p nucleus at a temperature.
+"""What a request asks of its tokens: how they are chosen, when they end, and what is told about them."""
 
-Sampling is the Gumbel trick with noise that is a hash of (seed, position, token). It needs no generator state, so a
-sequence draws the same tokens whatever else is in its batch, and no host synchronisation.
-"""
-
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from duomoe.errors import InputError
+from duomoe.grammar import Grammar
+
+# The most alternatives whose log-probabilities can be asked for, as at OpenAI.
+MOST_LOGPROBS = 20
+
+# The most that a logit can be moved by `logit_bias`, either way, as at OpenAI.
+LARGEST_BIAS = 100.0
+
+_LARGEST_INT = 2**63 - 1
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """What a request asks for; fields are named as the command line's flags.
 
+    Logits are changed in this order: `logit_bias` is added, the three penalties are taken off, what `grammar` or
+    `min_tokens` forbid is ruled out, and they are divided by `temperature`. `top_k`, `top_p` and `min_p` then each look
+    at the whole distribution; a token must pass all three.
+
+    Attributes:
+        max_new_tokens: the most tokens that are generated.
+        temperature: 0 takes the most likely token.
+        top_k: so many of the most likely tokens are kept; 0 keeps all.
+        top_p: the smallest set of the most likely tokens whose probability reaches it is kept.
+        min_p: tokens are kept that have at least this share of the most likely token's probability.
+        seed: makes draws repeatable; None draws one.
+        repetition_penalty: divides positive logits, and multiplies negative ones, of tokens in prompt or output.
+        presence_penalty: is subtracted from the logits of tokens in the output.
+        frequency_penalty: is subtracted as often as a token is in the output.
+        logit_bias: by token id, what is added to its logit, from -100 to 100.
+        stop: strings that end the text; they are not part of it.
+        stop_token_ids: tokens that end the text, as an end-of-sequence token does.
+        min_tokens: before so many tokens, none is generated that ends the text. (Stop strings end it all the same.)
+        ignore_eos: go on after an end-of-sequence token; with a grammar, its end is the end all the same.
+        logprobs: tell each token's log-probability, and those of so many of the likeliest, up to 20; None tells none.
+            They are of the model's own distribution, before anything above has changed it.
+        prompt_logprobs: the same for the prompt's tokens.
+        grammar: what the text has to be.
+
     Raises:
         InputError: when a value is out of range.
     """
 
     max_new_tokens: int = 128
-    temperature: float = 0.0  # 0 is greedy
-    top_k: int = 0  # 0 keeps every token
+    temperature: float = 0.0
+    top_k: int = 0
     top_p: float = 1.0
-    seed: int | None = None  # None draws one
-    stop: Sequence[str] = field(default=())  # strings that end the text; they are not part of it
+    min_p: float = 0.0
+    seed: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    min_tokens: int = 0
     ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
+        self._check_numbers()
         if not isinstance(self.stop, str | list | tuple) or not all(isinstance(s, str) and s for s in self.stop):
             raise InputError("--stop must be text that is not empty, or a list of such texts")
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        if not _is_int(self.max_new_tokens) or self.max_new_tokens < 1:
-            raise InputError(f"--max-new-tokens must be a whole number of at least 1, got {self.max_new_tokens!r}")
-        if not _is_number(self.temperature) or not 0 <= self.temperature <= 1e6:
-            raise InputError(f"--temperature must be a number from 0 to a million, got {self.temperature!r}")
-        if not _is_int(self.top_k) or not 0 <= self.top_k < 2**31:
-            raise InputError(f"--top-k must be a whole number from 0, for no limit, to 2**31 - 1, got {self.top_k!r}")
-        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
-            raise InputError(f"--top-p must be a number above 0 and at most 1, got {self.top_p!r}")
-        if self.seed is not None and (not _is_int(self.seed) or not 0 <= self.seed < 2**63):
-            raise InputError(f"--seed must be a whole number from 0 to 2**63 - 1, got {self.seed!r}")
+        if not isinstance(self.stop_token_ids, list | tuple) or not all(map(_is_token, self.stop_token_ids)):
+            raise InputError(f"--stop-token-id must be token ids, got {self.stop_token_ids!r}")
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        self._check_bias()
+        if self.min_tokens > self.max_new_tokens:
+            raise InputError(f"--min-tokens {self.min_tokens} is more than --max-new-tokens {self.max_new_tokens}")
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise InputError(f"grammar must be a Grammar, got {type(self.grammar).__name__}")
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether logits depend on which tokens a sequence has, and how often."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether logits are changed before a token is chosen by them."""
+        return bool(self.counts_tokens or self.logit_bias or self.min_tokens or self.grammar is not None)
+
+    def _check_numbers(self) -> None:
+        self._whole("max_new_tokens", 1, _LARGEST_INT)
+        self._whole("top_k", 0, 2**31 - 1)
+        self._whole("min_tokens", 0, _LARGEST_INT)
+        for name, most in (("seed", _LARGEST_INT), ("logprobs", MOST_LOGPROBS), ("prompt_logprobs", MOST_LOGPROBS)):
+            if getattr(self, name) is not None:
+                self._whole(name, 0, most)
+        self._number("temperature", 0, 1e6)
+        self._number("top_p", 0, 1, above=True)
+        self._number("min_p", 0, 1)
+        self._number("repetition_penalty", 0, 1e6, above=True)
+        self._number("presence_penalty", -2, 2)
+        self._number("frequency_penalty", -2, 2)
+
+    def _check_bias(self) -> None:
+        if self.logit_bias is None:
+            return
+        if not isinstance(self.logit_bias, Mapping) or not all(map(_is_token, self.logit_bias)):
+            raise InputError("--logit-bias must give numbers to token ids")
+        for token, bias in self.logit_bias.items():
+            if not _is_number(bias) or not abs(bias) <= LARGEST_BIAS:
+                raise InputError(f"--logit-bias must be a number from -100 to 100, got {bias!r} for token {token}")
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+
+    def _whole(self, name: str, least: int, most: int) -> None:
+        value = getattr(self, name)
+        if not _is_int(value) or not least <= value <= most:
+            raise InputError(f"{_flag(name)} must be a whole number from {least} to {most}, got {value!r}")
+
+    def _number(self, name: str, least: float, most: float, above: bool = False) -> None:
+        """Check that a field is a number from `least` (or only above it) to `most`."""
+        value = getattr(self, name)
+        if not _is_number(value) or not least <= value <= most or (above and value == least):
+            bounds = f"above {least} and at most {most:g}" if above else f"from {least} to {most:g}"
+            raise InputError(f"{_flag(name)} must be a number {bounds}, got {value!r}")
 
 
-def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, position: Tensor) -> Tensor:
-    """Choose one token for each row.
-
-    Args:
-        logits: [rows, vocab] float32.
-        temperature: [rows] float32; 0 takes the most likely token.
-        top_k: [rows] int64; 0 keeps every token.
-        top_p: [rows] float32; the smallest set of most likely tokens whose probability reaches it is kept.
-        seed: [rows] int64.
-        position: [rows] int64, where the new token will stand in its sequence.
-
-    Returns:
-        [rows] int64.
-    """
-    vocab = logits.shape[1]
-    scaled = logits / temperature.clamp(min=1e-6)[:, None]
-    ordered, tokens = scaled.sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(vocab, device=logits.device)
-    probabilities = ordered.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities
-    limit = torch.where(top_k > 0, top_k, vocab)
-    kept = (rank < limit[:, None]) & ((before < top_p[:, None]) | (rank == 0))
-    noisy = (ordered + _gumbel(seed, position, tokens)).masked_fill(~kept, float("-inf"))
-    drawn = tokens.gather(1, noisy.argmax(-1, keepdim=True)).squeeze(1)
-    return torch.where(temperature > 0, drawn, logits.argmax(-1))
-
-
-def _gumbel(seed: Tensor, position: Tensor, tokens: Tensor) -> Tensor:
-    """Return Gumbel noise [rows, vocab], a pure function of (seed, position, token)."""
-    state = _mix(_mix(_mix(seed) ^ position)[:, None] ^ tokens)
-    # 23 random bits and a half are exact in float32: a uniform number in (0, 1), never an end of the interval.
-    uniform = ((state >> 41) & 0x7FFFFF).to(torch.float32).add_(0.5).mul_(2.0**-23)
-    return -(-uniform.log()).log()
-
-
-def _mix(x: Tensor) -> Tensor:
-    """Scramble int64 values: the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), wrapping on overflow."""
-    x = x + _signed(0x9E3779B97F4A7C15)
-    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _signed(0x94D049BB133111EB)
-    return x ^ ((x >> 31) & ((1 << 33) - 1))
-
-
-def _signed(constant: int) -> int:
-    """Return a 64-bit constant as the int64 with the same bits."""
-    return constant - (1 << 64) if constant >= 1 << 63 else constant
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _is_int(value: object) -> bool:
@@ -98,4 +136,8 @@ def _is_int(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_token(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31

@@ -5,6 +5,7 @@ import copy
 import itertools
 import time
 import traceback
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor
 
 from duomoe.engine.chunks import Span, batch_of, cut
-from duomoe.engine.completion import Chunk
-from duomoe.engine.decode_step import DecodeStep
+from duomoe.engine.completion import Chunk, Logprobs
+from duomoe.engine.decode_step import DecodeStep, Sampled
 from duomoe.engine.log import EngineLog
+from duomoe.engine.logprobs import prompt_logprobs
 from duomoe.engine.request import Request
 from duomoe.engine.scheduler import Scheduler
 from duomoe.engine.stats import Stats
@@ -22,7 +24,10 @@ from duomoe.experts.policies import Policy
 from duomoe.memory.kv_cache import KVCache
 from duomoe.memory.pages import PAGE_SIZE, pages_for
 from duomoe.models import Model
-from duomoe.sampling import SamplingParams, sample
+from duomoe.sampling import SamplingParams
+
+# A row's logits and what log-probabilities make of them take an eighth of what the plan has for a row that is sampled.
+LOGPROB_ROWS = 4
 
 
 class Engine:
@@ -36,6 +41,10 @@ class Engine:
         scheduler: says who runs next.
         decode_step: runs one step of the running requests.
         log: is told what is done; None where nobody wants to know.
+
+    Attributes:
+        overlaps: hand a step's tokens to callers while the next step is computed, where neither waits for the other. On
+            a CPU the callers would wait for a step more.
     """
 
     def __init__(
@@ -53,6 +62,8 @@ class Engine:
             log.begin(cache.pages.num_pages, scheduler.limits)
         self.model, self.policy, self.cache, self.eos = model, policy, cache, eos
         self.scheduler, self.decode_step = scheduler, decode_step
+        self.overlaps = model.device.type == "cuda"
+        self._owed: deque[tuple[Request, int, Logprobs | None]] = deque()  # tokens whose callers have not got them yet
         self._traffic = policy.traffic_so_far()  # by the last arrival or end
         self._generated = 0
 
@@ -78,6 +89,8 @@ class Engine:
         self._remove(request, failed=True)
 
     def _remove(self, request: Request, failed: bool) -> None:
+        request.gone = True
+        self.decode_step.leave(request)
         self.scheduler.remove(request)
         if self.log is not None:
             self.log.end(request, time.perf_counter(), failed)
@@ -87,6 +100,7 @@ class Engine:
         traceback.clear_frames(error.__traceback__)
         for request in list(requests):
             try:
+                self._hand_over(request)
                 self._remove(request, failed=True)
             finally:
                 request.outbox.put(_copy(error))
@@ -114,22 +128,30 @@ class Engine:
             How many seconds the next step can wait, if nothing happens meanwhile; 0 where something was done.
         """
         decision = self.scheduler.decide(time.perf_counter())
+        for request in decision.preempted:
+            self.decode_step.leave(request)
         if decision.until is not None:
             return max(0.0, decision.until - time.perf_counter())
         requests = list(decision.admitted or decision.decoding)
         try:
             with self._failing_safely():
-                tokens = self._advance(requests, prefill=bool(decision.admitted))
+                found = self._advance(requests, prefill=bool(decision.admitted))
         except BaseException as error:
             self.fail(requests, error)
             return 0.0
-        self.scheduler.computed(requests)
-        self._generated += len(tokens)
-        for request, token in zip(requests, tokens, strict=True):
-            try:
-                self._give(request, token)
-            except BaseException as error:
-                self.fail([request], error)
+        for request, sampled in zip(requests, found, strict=True):
+            if request.gone:
+                continue
+            self.scheduler.computed([request])
+            if isinstance(sampled, Exception):
+                self.fail([request], sampled)
+                continue
+            self._generated += 1
+            request.append(sampled.token, self.eos, sampled.logprobs)
+            self._owed.append((request, *sampled))
+            # Only its text may still end one with stop strings, so that is needed before the next step.
+            if not self.overlaps or request.finish_reason is not None or request.params.stop:
+                self._hand_over(request)
         return 0.0
 
     @contextlib.contextmanager
@@ -144,21 +166,33 @@ class Engine:
                 error.add_note(f"after that: {other}")
             raise
 
-    def _give(self, request: Request, token: int) -> None:
-        """Hand a token to its request, and what it adds to the caller."""
-        text = request.accept(token, self.eos)
+    def _hand_over(self, only: Request | None = None) -> None:
+        """Give callers, or only one, the tokens that they are owed, and what those add to their texts."""
+        for request, token, logprobs in [self._owed.popleft() for _ in range(len(self._owed))]:
+            if only is not None and request is not only:
+                self._owed.append((request, token, logprobs))
+                continue
+            try:
+                self._give(request, token, logprobs)
+            except BaseException as error:
+                self.fail([request], error)
+
+    def _give(self, request: Request, token: int, logprobs: Logprobs | None) -> None:
+        if request.gone:
+            return
+        text = request.read(token)
         completion = None
         if request.finish_reason is not None:
             self._remove(request, failed=False)
             assert request.traffic_before is not None, "a request that runs was added"
             self._traffic = self.policy.traffic_so_far()
             completion = request.completion(self._traffic.since(request.traffic_before))
-        request.outbox.put(Chunk(text, token, completion))
+        request.outbox.put(Chunk(text, token, completion, logprobs))
 
     @torch.inference_mode()
     def prepare(self, sequences: int, params: Sequence[SamplingParams]) -> None:
         """Compile and capture the steps of so many sequences with such parameters, and of all fewer."""
-        self.decode_step.prepare(sequences, all(each.temperature == 0 for each in params))
+        self.decode_step.prepare(sequences, params)
 
     def stats(self) -> Stats:
         """Return what is under way and done. Any thread may ask, at any time; what it reads may be a moment apart."""
@@ -182,15 +216,19 @@ class Engine:
             experts=replace(self._traffic),
         )
 
-    def _advance(self, requests: list[Request], prefill: bool) -> list[int]:
-        """Compute the rest of some requests, in a pass or a decode step; return the next token of each."""
+    def _advance(self, requests: list[Request], prefill: bool) -> list[Sampled | Exception]:
+        """Compute the rest of some requests, in a pass or a step; return the next token of each, or its error."""
         if prefill and any(request.params.max_new_tokens > 1 for request in requests):
             running = self.scheduler.running
             self.prepare(len(running), [request.params for request in running])
         size = sum(request.length - request.computed for request in requests)
         begin = time.perf_counter()
-        found = self._prefill(requests) if prefill else self.decode_step.run(requests)
-        tokens: list[int] = found.tolist()  # host-sync ok: the one read of a step
+        if prefill:
+            self._prefill(requests)
+        else:
+            self.decode_step.launch(requests)
+        self._hand_over()  # of the step before
+        found = self.decode_step.read()
         seconds = time.perf_counter() - begin
         if prefill:
             self.scheduler.costs.prefill.note(size, seconds)
@@ -199,30 +237,23 @@ class Engine:
             self.scheduler.costs.decode.note(size, seconds)
         if self.log is not None:
             self.log.advance("prefill" if prefill else "decode", requests, begin, seconds, size)
-        return tokens
+        return found
 
-    def _prefill(self, requests: list[Request]) -> Tensor:
-        """Return the next token of each request, int64 [requests], having computed the rest in a pass."""
+    def _prefill(self, requests: list[Request]) -> None:
+        """Compute the rest of some requests in a pass, and launch the sampling of their next tokens."""
         self.policy.recall(_prefixes(requests))
         stream = torch.cat(self._pass([_rest(request) for request in requests]))
         ends = list(itertools.accumulate(request.length - request.computed for request in requests))
-        return self._sample(self.model.logits(stream[self._tensor(ends) - 1]), requests)
-
-    def _sample(self, logits: Tensor, requests: list[Request]) -> Tensor:
-        params = [request.params for request in requests]
-        if all(p.temperature == 0 for p in params):
-            return logits.argmax(-1)
-        return sample(
-            logits,
-            self._tensor([p.temperature for p in params]),
-            self._tensor([p.top_k for p in params]),
-            self._tensor([p.top_p for p in params]),
-            self._tensor([request.seed for request in requests]),
-            self._tensor([request.length for request in requests]),
-        )
-
-    def _tensor(self, values: Sequence[int | float]) -> Tensor:
-        return torch.tensor(values).to(self.model.device, non_blocking=True)
+        for request, end in zip(requests, ends, strict=True):
+            if (count := request.params.prompt_logprobs) is not None and request.prompt_logprobs is None:
+                begin = end - request.length
+                told = stream[begin : begin + request.prompt_length]
+                rows = LOGPROB_ROWS * self.decode_step.max_batch
+                request.prompt_logprobs = prompt_logprobs(
+                    self.model, told, request.tokens[: request.prompt_length], count, rows
+                )
+        last = torch.tensor(ends).to(self.model.device, non_blocking=True) - 1
+        self.decode_step.begin(requests, self.model.logits(stream[last]))
 
     @torch.inference_mode()
     def logits(self, tokens: list[int]) -> Tensor:
@@ -231,7 +262,8 @@ class Engine:
         Requests give way where it needs their pages.
         """
         needed = pages_for(len(tokens))
-        self.scheduler.make_room(needed)
+        for request in self.scheduler.make_room(needed):
+            self.decode_step.leave(request)
         pages = self.cache.pages.take(needed)
         try:
             with self._failing_safely():

@@ -3,10 +3,11 @@
 import time
 from dataclasses import dataclass, field
 
-from duomoe.engine.completion import Completion, Metrics
+from duomoe.engine.completion import Completion, Logprobs, Metrics
 from duomoe.engine.outbox import Outbox
 from duomoe.engine.task import Task
 from duomoe.experts.link import Traffic
+from duomoe.grammar import Matcher
 from duomoe.sampling import SamplingParams
 from duomoe.text_stream import TextStream
 
@@ -17,7 +18,11 @@ class Request(Task):
 
     Attributes:
         prompt_length: so many of its tokens are the prompt's.
-        finish_reason: "stop" (an EOS token or a stop string), "length", or None while it runs.
+        matcher: says which tokens its grammar lets come.
+        logprobs: of the tokens behind the prompt, where they are asked for.
+        prompt_logprobs: of the prompt's, where they are asked for, once they are known.
+        finish_reason: "stop" (a token that ends it, or a stop string), "length", or None while it runs.
+        gone: the engine has forgotten it.
         outbox: where its chunks go, and an error that ends it.
         traffic_before: what had crossed the link when it was added to the engine.
     """
@@ -26,8 +31,12 @@ class Request(Task):
     params: SamplingParams
     seed: int
     stream: TextStream
+    matcher: Matcher | None = None
     outbox: Outbox = field(default_factory=Outbox)
+    logprobs: list[Logprobs] = field(default_factory=list)
+    prompt_logprobs: list[Logprobs | None] | None = None
     finish_reason: str | None = None
+    gone: bool = False
     traffic_before: Traffic | None = None
     arrived: float = field(default_factory=time.perf_counter)  # this and the next two: seconds on that clock
     first_token: float = 0.0
@@ -38,21 +47,35 @@ class Request(Task):
         """The tokens behind the prompt."""
         return self.tokens[self.prompt_length :]
 
-    def accept(self, token: int, eos: frozenset[int]) -> str:
-        """Append a sampled token, decide whether the sequence ends with it, and return the text that is certain now."""
+    @property
+    def answered(self) -> int:
+        """How many tokens stand behind the prompt."""
+        return self.length - self.prompt_length
+
+    def ends(self, eos: frozenset[int]) -> frozenset[int]:
+        """Return the tokens that end it, where `eos` are those of the model."""
+        ignored = self.params.ignore_eos and self.matcher is None
+        return frozenset(self.params.stop_token_ids).union(() if ignored else eos)
+
+    def append(self, token: int, eos: frozenset[int], logprobs: Logprobs | None) -> None:
+        """Append a sampled token, and decide whether the sequence ends with it; stop strings are for `read`."""
         self.last_token = time.perf_counter()
-        if self.length == self.prompt_length:
+        if self.answered == 0:
             self.first_token = self.last_token
         self.tokens.append(token)
-        ended = token in eos and not self.params.ignore_eos
-        text = "" if ended else self.stream.push(token)
-        if ended or self.stream.stopped:
+        if logprobs is not None:
+            self.logprobs.append(logprobs)
+        if token in self.ends(eos):
             self.finish_reason = "stop"
         elif self.length >= self.longest:
             self.finish_reason = "length"
-        if self.finish_reason:
-            text += self.stream.finish()
-        return text
+
+    def read(self, token: int) -> str:
+        """Return the text that is certain with the next of its tokens; a stop string in it ends the sequence."""
+        text = "" if self.finish_reason == "stop" else self.stream.push(token)
+        if self.stream.stopped:
+            self.finish_reason = "stop"
+        return text + (self.stream.finish() if self.finish_reason else "")
 
     def completion(self, experts: Traffic) -> Completion:
         """Return what it came to, once it has finished; `experts` is what crossed the link meanwhile."""
@@ -67,4 +90,5 @@ class Request(Task):
             e2e_s=self.last_token - self.arrived,
             experts=experts,
         )
-        return Completion(self.stream.text, generated, self.finish_reason, metrics)
+        logprobs = None if self.params.logprobs is None else self.logprobs
+        return Completion(self.stream.text, generated, self.finish_reason, metrics, logprobs, self.prompt_logprobs)

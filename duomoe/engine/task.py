@@ -16,6 +16,7 @@ class Task:
         tokens: the prompt's, and behind them those that were generated.
         keys: by which its full pages are found; None where they serve no other sequence.
         longest: the most tokens it may have, prompt included.
+        reuses: it takes pages that others have computed; not where something is asked of each of its tokens.
         arrived: when it came, in seconds on some clock.
         deadline: when its next token is due, on the same clock; None is never. No rule looks at it yet.
         pages: of its tokens so far, in order.
@@ -27,6 +28,7 @@ class Task:
     keys: PageKeys | None
     longest: int
     arrived: float
+    reuses: bool = True
     deadline: float | None = None
     pages: list[int] = field(default_factory=list)
     computed: int = 0
@@ -44,4 +46,6 @@ class Task:
 
     def shared_keys(self) -> list[bytes]:
         """Return the keys of the pages that it may take from others: never all, for the last token is computed anew."""
-        return [] if self.keys is None else self.keys.of(self.tokens)[: (self.length - 1) // PAGE_SIZE]
+        if self.keys is None or not self.reuses:
+            return []
+        return self.keys.of(self.tokens)[: (self.length - 1) // PAGE_SIZE]

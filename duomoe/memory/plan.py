@@ -27,6 +27,7 @@ from duomoe.kernels.permute import BLOCK as SORT_BLOCK
 from duomoe.kernels.quantised import FP8_BLOCK
 from duomoe.memory.kv_cache import kv_page_bytes
 from duomoe.memory.pages import PAGE_SIZE, pages_for
+from duomoe.memory.sequences import row_pages, sequences_bytes
 from duomoe.models import Architecture, ModelConfig
 from duomoe.sizes import format_size
 
@@ -157,6 +158,11 @@ class Plan:
         return page_routing_bytes(self.num_pages, len(self.model.moe_layers), self.model.num_experts)
 
     @property
+    def sequences_bytes(self) -> int:
+        """Bytes of what steps know of each running sequence."""
+        return sequences_bytes(self.max_batch, row_pages(self.max_model_len), self.model.vocab_size)
+
+    @property
     def slot_bytes(self) -> int:
         """Bytes of the expert slots."""
         return self.num_slots * self.row_bytes
@@ -172,7 +178,10 @@ class Plan:
         if self.device != "cuda":
             return 0
         parts = self.workspace()
-        graphs = parts["logits"] + parts["decode attention"] + parts["decode experts"] if self.limits.graphs else 0
+        graphs = 0
+        if self.limits.graphs:
+            graphs = parts["logits"] + parts["decode attention"] + parts["decode experts"]
+            graphs += 4 * self.max_batch * self.model.vocab_size  # logits on their way from one graph to the other
         if self.limits.graphs and self.expert_format.packed and not self._all_few(self.max_batch):
             graphs += parts["expanded experts"]
         directory = self.num_slots * (4 * LANES + 20) + 24 * self.num_experts if self.policy in STREAMING else 0
@@ -206,7 +215,14 @@ class Plan:
         pages = [self.kv_bytes // (2 * self.model.num_layers)] * (2 * self.model.num_layers)
         pools = len(self.model.moe_layers) if self.policy == "resident" else 1
         rows = [self.slot_bytes // pools] * pools if self.num_slots else []
-        tensors = [*self.weight_sizes, self.predictor_bytes, self.page_routing_bytes, *pages, *rows]
+        tensors = [
+            *self.weight_sizes,
+            self.predictor_bytes,
+            self.page_routing_bytes,
+            self.sequences_bytes,
+            *pages,
+            *rows,
+        ]
         # Blocks of the workspace are cached and split: a quarter, and two segments, for what does not fit together.
         return (
             cuda_reserved(tensors)
@@ -220,7 +236,8 @@ class Plan:
     def total(self) -> int:
         """Bytes on the device: on CUDA the most that torch's allocator reserves."""
         fixed = self.weights_bytes + self.predictor_bytes + self.workspace_bytes + self.decode_bytes
-        return fixed + self.kv_bytes + self.page_routing_bytes + self.slot_bytes + self.allocator_bytes
+        by_sequence = self.kv_bytes + self.page_routing_bytes + self.sequences_bytes
+        return fixed + by_sequence + self.slot_bytes + self.allocator_bytes
 
     @property
     def loading_room(self) -> int:
@@ -244,7 +261,7 @@ class Plan:
         model, item = self.model, self.dtype.itemsize
         n, hidden, top_k = self.pass_tokens, model.hidden_size, model.top_k
         chunk = max(min(n, CHUNK_TOKENS), self.max_batch)
-        pages = max(2, pages_for(self.max_model_len))
+        pages = row_pages(self.max_model_len)
         dense = model.intermediate_size if not all(model.is_moe) else 0
         mlp = max(dense, model.shared_intermediate_size)
         context_chunks = math.ceil(pages * PAGE_SIZE / DECODE_CHUNK)
@@ -315,6 +332,7 @@ class Plan:
             "dequantised_bytes": self.dequantised,
             "kv_cache_bytes": self.kv_bytes,
             "page_routing_bytes": self.page_routing_bytes,
+            "sequences_bytes": self.sequences_bytes,
             "predictor_bytes": self.predictor_bytes,
             "decode_bytes": self.decode_bytes,
             "workspace_bytes": self.workspace_bytes,
@@ -344,6 +362,7 @@ class Plan:
         rows = [
             ("non-expert weights", self.weights_bytes, dense),
             ("KV pages", self.kv_bytes, f"{self.num_pages * PAGE_SIZE} tokens, {self._sequences()}"),
+            ("sequences", self.sequences_bytes, "page tables, counts of tokens and masks"),
             ("workspace", self.workspace_bytes, f"for passes of up to {self.pass_tokens} tokens"),
         ]
         if self.page_routing_bytes:
@@ -520,6 +539,7 @@ def _too_little(least: Plan, limits: Limits) -> str:
     parts = [
         ("weights", least.weights_bytes),
         (f"KV pages for {least.max_model_len} tokens", least.kv_bytes + least.page_routing_bytes),
+        ("sequences", least.sequences_bytes),
         ("workspace", least.workspace_bytes),
         ("predictor", least.predictor_bytes),
         ("decode", least.decode_bytes),

@@ -65,7 +65,14 @@ class LineFaults:
 
     def __call__(self, frame: FrameType, event: str, _: Any) -> Any:
         code = frame.f_code
-        if not code.co_filename.startswith(self.folder) or code.co_name in ("put", "message", "_run", "_main", "_attempt", "fail"):
+        if not code.co_filename.startswith(self.folder) or code.co_name in (
+            "put",
+            "message",
+            "_run",
+            "_main",
+            "_attempt",
+            "fail",
+        ):
             return None  # what hands errors on is not what fails
         if event == "line":
             self.lines += 1
