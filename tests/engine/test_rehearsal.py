@@ -38,7 +38,7 @@ def test_nothing_is_compiled_or_captured_after_the_first_token(
     bounded = {} if policy == "resident" else {"expert_memory": "100KB"}
     llm = LLM(tiny("qwen3_moe").path, device="cuda", policy=policy, prompts=[12], **bounded)
     later = Startup()
-    graphs = llm.engine.decode_step._graphs
+    graphs = llm.engine.decode_step._samplings
     for temperature in (0.0, 0.8):
         params = SamplingParams(max_new_tokens=8, temperature=temperature, ignore_eos=True)
         for number, _ in enumerate(llm.stream(prompt_of(12), params)):

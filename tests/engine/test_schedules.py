@@ -61,11 +61,14 @@ class Schedules(RuleBasedStateMachine):
     """
 
     @initialize(
-        policy=st.sampled_from(["duo", "lru", "resident", "on_demand"]), slots=st.sampled_from(["1%", "8%", "40%"])
+        policy=st.sampled_from(["duo", "lru", "resident", "on_demand"]),
+        slots=st.sampled_from(["1%", "8%", "40%"]),
+        overlaps=st.booleans(),
     )
-    def begin(self, policy: str, slots: str) -> None:
+    def begin(self, policy: str, slots: str, overlaps: bool) -> None:
         self.llm = model(policy, slots)
         self.engine = self.llm.engine
+        self.engine.overlaps = overlaps
         self.live: list[Followed] = []
         self.faulty = 0  # so many copies from now on fails one; 0 for none
         self.faults = self.failures = 0  # copies that have failed, and steps; a copy fails the step that waits for it

@@ -120,7 +120,8 @@ def test_any_model_and_any_limits(
     everything = len(model.moe_layers) * model.num_experts
     assert plan.budget is None or plan.total <= plan.budget
     fixed = plan.weights_bytes + plan.predictor_bytes + plan.workspace_bytes + plan.decode_bytes
-    assert plan.total == fixed + plan.kv_bytes + plan.slot_bytes + plan.allocator_bytes
+    by_sequence = plan.kv_bytes + plan.page_routing_bytes + plan.sequences_bytes
+    assert plan.total == fixed + by_sequence + plan.slot_bytes + plan.allocator_bytes
     # One sequence has pages; nobody gets more than there is to hold.
     assert plan.max_model_len <= min(length or model.max_position, model.max_position)
     assert plan.max_model_len <= plan.num_pages * PAGE_SIZE < batch * (plan.max_model_len + PAGE_SIZE)
@@ -271,7 +272,7 @@ def storages(*tensors: torch.Tensor | None) -> int:
     return sum(found.values())
 
 
-@pytest.mark.parametrize("memory", [None, "0.97MB", "1.1MB", "3MB"])
+@pytest.mark.parametrize("memory", [None, "0.98MB", "1.1MB", "3MB"])
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
 def test_what_is_allocated_is_what_was_planned(
     family: str, memory: str | None, tiny: Callable[..., Any], prompt_of: Callable[..., list[int]]
@@ -290,7 +291,8 @@ def test_what_is_allocated_is_what_was_planned(
     routing = getattr(llm.policy, "_page_routing", None)
     assert (0 if routing is None else storages(routing.counts)) == plan.page_routing_bytes
     assert (plan.page_routing_bytes > 0) == (plan.policy == "duo")
-    others = plan.workspace_bytes + plan.predictor_bytes + plan.page_routing_bytes
+    assert llm.engine.decode_step.sequences.num_bytes == plan.sequences_bytes
+    others = plan.workspace_bytes + plan.predictor_bytes + plan.page_routing_bytes + plan.sequences_bytes
     assert memory is None or weights + pages + slots + others == plan.total <= float(memory[:-2]) * 1e6
     assert llm.memory.items() <= plan.as_dict().items()
     prompt = prompt_of(40)
@@ -382,7 +384,7 @@ def test_expanded_experts_have_room_in_the_workspace(
 def test_each_part_of_the_workspace_holds_what_it_is_for(
     tiny: Callable[..., Any], prompt_of: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes = dict(hidden_size=64, head_dim=32, vocab_size=3000, mlp_only_layers=[1], intermediate_size=400)
+    sizes = dict(hidden_size=64, head_dim=32, vocab_size=6000, mlp_only_layers=[1], intermediate_size=400)
     sizes |= dict(shared_expert_intermediate_size=200, moe_intermediate_size=100, max_position_embeddings=512)
     llm = LLM(tiny("qwen2_moe", **sizes).path, device="cpu", dtype="bfloat16", max_batch=4)
     peaks: dict[str, int] = {}
@@ -399,19 +401,20 @@ def test_each_part_of_the_workspace_holds_what_it_is_for(
         setattr(owner, name, outer)
 
     model = llm.engine.model
-    for owner, name in ((engine, "batch_of"), (engine, "sample"), (llm.policy, "experts"), (model, "before")):
+    step = llm.engine.decode_step
+    for owner, name in ((engine, "batch_of"), (step, "_sample"), (llm.policy, "experts"), (model, "before")):
         monkeypatch.setattr(owner, name, getattr(owner, name))  # so that it is put back
         watch(owner, name)
     watch(model, "after")
     prompts = [prompt_of(500, seed=seed) for seed in range(4)]
-    llm.generate(prompts, SamplingParams(max_new_tokens=2, temperature=1.0, top_p=0.9))
+    llm.generate(prompts, SamplingParams(max_new_tokens=2, temperature=1.0, top_p=0.9, presence_penalty=1, logprobs=1))
     parts = llm.plan.workspace()
     for name, *allowed in (
         ("batch_of", "positions"),
         ("before", "attention", "routing"),
         ("experts", "expert outputs", "experts"),
         ("after", "MLP"),
-        ("sample", "logits"),
+        ("_sample", "logits"),
     ):
         bound = sum(parts[part] for part in allowed)
         assert bound / 2 <= peaks[name] <= bound, name
