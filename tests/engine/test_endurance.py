@@ -45,6 +45,10 @@ def held(llm: LLM) -> tuple[int, int, int]:
     )
 
 
+# What hands errors on, in the thread's loop, is not what fails.
+HANDS_ON = ("put", "message", "has_work", "_run", "_main", "_attempt", "fail", "fail_all")
+
+
 class Injected(Exception):
     pass
 
@@ -65,15 +69,8 @@ class LineFaults:
 
     def __call__(self, frame: FrameType, event: str, _: Any) -> Any:
         code = frame.f_code
-        if not code.co_filename.startswith(self.folder) or code.co_name in (
-            "put",
-            "message",
-            "_run",
-            "_main",
-            "_attempt",
-            "fail",
-        ):
-            return None  # what hands errors on is not what fails
+        if not code.co_filename.startswith(self.folder) or code.co_name in HANDS_ON:
+            return None
         if event == "line":
             self.lines += 1
             if self.lines == self.at:

@@ -120,10 +120,10 @@ MADE_ON_A_GPU = CASES | {
         lambda *shape: int4_format(*shape, 128, torch.bfloat16),
     ),
     "fp8 of one scale": (Quantization("scaled"), lambda *args: scaled(*args, scale_shape="one"), fp8_format),
-    "fp8 per channel packed": (
+    "fp8 per channel made plain": (
         Quantization("scaled", block=(1, 0)),
         lambda *args: scaled(*args, block=(1, 0), scale_dtype=torch.bfloat16),
-        packed_format,
+        lambda *shape: plain_format(*shape, torch.bfloat16),
     ),
     "gptq of 8 bits made plain": (
         Quantization("gptq", 8, block=(1, 32), zero_offset=1),
