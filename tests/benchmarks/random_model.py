@@ -94,7 +94,8 @@ def _random(name: str, shape: tuple[int, ...], method: str) -> Iterator[tuple[st
         return
     (outer, inner), prefix = shape, name.removesuffix(".weight")
     if method == "fp8":
-        bits = torch.randint(-126, 127, shape, device=device, dtype=torch.int8)
+        sign = torch.randint(0, 2, shape, device=device, dtype=torch.uint8) << 7
+        bits = torch.randint(0, 127, shape, device=device, dtype=torch.uint8) | sign  # 127 is NaN
         yield name, bits.view(torch.float8_e4m3fn).cpu()
         yield f"{prefix}.weight_scale_inv", torch.full((-(-outer // 128), -(-inner // 128)), 1e-4)
         return
