@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from duomoe.engine.chunks import Span, batch_of, cut
-from duomoe.engine.completion import Chunk, Logprobs
+from duomoe.engine.completion import Chunk, Completion, Logprobs
 from duomoe.engine.decode_step import DecodeStep, Sampled
 from duomoe.engine.log import EngineLog
 from duomoe.engine.logprobs import prompt_logprobs
@@ -172,22 +172,26 @@ class Engine:
             if only is not None and request is not only:
                 self._owed.append((request, token, logprobs))
                 continue
+            if request.gone:
+                continue
             try:
-                self._give(request, token, logprobs)
+                text = request.read(token)
             except BaseException as error:
                 self.fail([request], error)
+                continue
+            completion = None if request.finish_reason is None else self._finish(request)
+            request.outbox.put(Chunk(text, token, completion, logprobs))
 
-    def _give(self, request: Request, token: int, logprobs: Logprobs | None) -> None:
-        if request.gone:
-            return
-        text = request.read(token)
-        completion = None
-        if request.finish_reason is not None:
+    def _finish(self, request: Request) -> Completion:
+        """Forget a request that has come to its end; return its completion."""
+        try:
             self._remove(request, failed=False)
             assert request.traffic_before is not None, "a request that runs was added"
             self._traffic = self.policy.traffic_so_far()
-            completion = request.completion(self._traffic.since(request.traffic_before))
-        request.outbox.put(Chunk(text, token, completion, logprobs))
+            return request.completion(self._traffic.since(request.traffic_before))
+        except BaseException as error:
+            request.outbox.put(_copy(error))  # it is forgotten, and nobody else would tell its caller
+            raise
 
     @torch.inference_mode()
     def prepare(self, sequences: int, params: Sequence[SamplingParams]) -> None:

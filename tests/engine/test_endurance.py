@@ -46,7 +46,7 @@ def held(llm: LLM) -> tuple[int, int, int]:
 
 
 # What hands errors on, in the thread's loop, is not what fails.
-HANDS_ON = ("put", "message", "has_work", "_run", "_main", "_attempt", "fail", "fail_all")
+HANDS_ON = ("put", "message", "add", "has_work", "_run", "_main", "_attempt", "fail", "fail_all")
 
 
 class Injected(Exception):
