@@ -138,14 +138,14 @@ def choose(logits: Tensor, draw: Draw, chances: Chances | None) -> Tensor:
 
 
 class _Limits(NamedTuple):
-    """A token is kept that has fewer than `count` likelier ones, of fewer than `units` together; both [rows] int64."""
+    """A token is kept that has fewer than `most` likelier ones, of fewer than `units` together; both [rows] int64."""
 
-    count: Tensor
+    most: Tensor
     units: Tensor
 
     def keep(self, likelier: Tensor, with_units: Tensor) -> Tensor:
         """Return which tokens are kept; all are [rows, tokens]."""
-        return (likelier < self.count[:, None]) & (with_units < self.units[:, None])
+        return (likelier < self.most[:, None]) & (with_units < self.units[:, None])
 
 
 def _of_few(scaled: Tensor, units: Tensor, limits: _Limits, chances: Chances) -> Tensor:
@@ -211,7 +211,8 @@ def _lowest_kept(keys: Tensor, units: Tensor, limits: _Limits) -> tuple[Tensor, 
 def _histogram(place: Tensor, weight: Tensor) -> Tensor:
     """Add up weights [rows, vocab] by their last eight bits of place; return int64 [rows, 256]."""
     sums = torch.zeros(len(place), (HISTOGRAMS + 1) * 256, dtype=torch.int64, device=place.device)
-    return sums.scatter_add_(1, place, weight)[:, : HISTOGRAMS * 256].unflatten(1, (HISTOGRAMS, 256)).sum(1)
+    sums.scatter_add_(1, place, weight)
+    return sums[:, : HISTOGRAMS * 256].reshape(-1, HISTOGRAMS, 256).sum(1)
 
 
 def _ordered(values: Tensor) -> Tensor:

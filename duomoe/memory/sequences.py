@@ -190,9 +190,9 @@ def _mask_words(vocab: int) -> int:
 
 def _fields(length: int, seed: int, params: SamplingParams) -> list[int]:
     """Return the words of a row in front of its pages."""
-    numbers = params.temperature, params.top_p, params.min_p
-    numbers += params.repetition_penalty, params.presence_penalty, params.frequency_penalty
-    return [0, length, seed, params.top_k, *struct.unpack("=6q", struct.pack("=6d", *numbers))]
+    penalties = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
+    numbers = struct.pack("=6d", params.temperature, params.top_p, params.min_p, *penalties)
+    return [0, length, seed, params.top_k, *struct.unpack("=6q", numbers)]
 
 
 def _sent(values: object, dtype: torch.dtype, device: torch.device) -> Tensor:
