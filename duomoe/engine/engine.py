@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from duomoe.engine.chunks import Span, batch_of, cut
-from duomoe.engine.completion import Chunk, Completion, Logprobs
+from duomoe.engine.completion import Chunk, Logprobs
 from duomoe.engine.decode_step import DecodeStep, Sampled
 from duomoe.engine.log import EngineLog
 from duomoe.engine.logprobs import prompt_logprobs
@@ -179,16 +179,19 @@ class Engine:
             except BaseException as error:
                 self.fail([request], error)
                 continue
-            completion = None if request.finish_reason is None else self._finish(request)
-            request.outbox.put(Chunk(text, token, completion, logprobs))
+            if request.finish_reason is None:
+                request.outbox.put(Chunk(text, token, None, logprobs))
+            else:
+                self._finish(request, text, token, logprobs)
 
-    def _finish(self, request: Request) -> Completion:
-        """Forget a request that has come to its end; return its completion."""
+    def _finish(self, request: Request, text: str, token: int, logprobs: Logprobs | None) -> None:
+        """Forget a request that has come to its end, and give its caller the last chunk."""
         try:
             self._remove(request, failed=False)
             assert request.traffic_before is not None, "a request that runs was added"
             self._traffic = self.policy.traffic_so_far()
-            return request.completion(self._traffic.since(request.traffic_before))
+            completion = request.completion(self._traffic.since(request.traffic_before))
+            request.outbox.put(Chunk(text, token, completion, logprobs))
         except BaseException as error:
             request.outbox.put(_copy(error))  # it is forgotten, and nobody else would tell its caller
             raise
