@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from duomoe.errors import InputError
+from duomoe.errors import InputError, naming_failures
 
 if TYPE_CHECKING:
     import llguidance
@@ -20,6 +20,9 @@ LARGEST_SOURCE = 1 << 17
 
 # How llguidance knows the kinds of source.
 JSON_SCHEMA, REGEX, LARK = "json_schema", "regex", "lark"
+
+# JSON comes on one line, since a model that may write blanks anywhere may write nothing else.
+JSON_OPTIONS = {"coerce_one_of": True, "whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Grammar:
 
     @classmethod
     def json_schema(cls, schema: str | dict[str, Any]) -> "Grammar":
-        """Return the grammar of JSON by a schema, as JSON text or as what that stands for.
+        """Return the grammar of JSON by a schema, given as JSON text or as what that stands for; it is on one line.
 
         `oneOf` is taken as `anyOf`. What llguidance does not know of JSON Schema is refused by name.
 
@@ -84,7 +87,7 @@ class Grammar:
         return cls(LARK, text)
 
 
-class GrammarError(RuntimeError):
+class GrammarError(InputError):
     """A grammar became too complex while an answer followed it."""
 
 
@@ -112,8 +115,10 @@ class GrammarCompiler:
             from llguidance import LLMatcher
         except ImportError:
             raise InputError("grammars need llguidance; install it with: pip install 'duomoe[grammar]'") from None
-        matcher = LLMatcher(self._compiled_tokenizer(), _compiled(grammar), log_level=0)
-        matcher.compute_bitmask()  # what is too complex from the start shows here, and not in the engine's thread
+        tokenizer = self._compiled_tokenizer()
+        with naming_failures("the grammar cannot be used"):
+            matcher = LLMatcher(tokenizer, _compiled(grammar), log_level=0)
+            matcher.compute_bitmask()  # what is too complex from the start shows here, and not in the engine's thread
         if matcher.is_error():
             raise InputError(f"the grammar cannot be used: {_reason(matcher)}")
         return Matcher(matcher)
@@ -137,7 +142,7 @@ def _compiled(grammar: Grammar) -> str:
     from llguidance import LLMatcher
 
     if grammar.kind == JSON_SCHEMA:
-        return LLMatcher.grammar_from_json_schema(grammar.source, overrides={"coerce_one_of": True})
+        return LLMatcher.grammar_from_json_schema(grammar.source, overrides=JSON_OPTIONS)
     return (LLMatcher.grammar_from_regex if grammar.kind == REGEX else LLMatcher.grammar_from_lark)(grammar.source)
 
 

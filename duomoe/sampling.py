@@ -68,9 +68,10 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         self._check_numbers()
-        if not isinstance(self.stop, str | list | tuple) or not all(isinstance(s, str) and s for s in self.stop):
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, list | tuple) or not all(isinstance(text, str) and text for text in stop):
             raise InputError("--stop must be text that is not empty, or a list of such texts")
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        object.__setattr__(self, "stop", tuple(stop))
         if not isinstance(self.stop_token_ids, list | tuple) or not all(map(_is_token, self.stop_token_ids)):
             raise InputError(f"--stop-token-id must be token ids, got {self.stop_token_ids!r}")
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
