@@ -19,7 +19,8 @@ from duomoe.startup import Startup
 from duomoe.text_file import read_text
 
 if TYPE_CHECKING:
-    from duomoe.llm import LLM, Completion
+    from duomoe.grammar import Grammar
+    from duomoe.llm import LLM, Completion, Logprobs
     from duomoe.model_folder import ModelFolder
     from duomoe.sampling import SamplingParams
 
@@ -52,17 +53,70 @@ def add_sampling_options(p: argparse.ArgumentParser) -> None:
     sampling.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
     sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K likeliest (default: 0, all)")
     sampling.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep this probability (default: 1)")
+    sampling.add_argument("--min-p", type=float, default=0.0, metavar="P", help="keep this share of the likeliest's")
+    sampling.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="divides logits of tokens that were there",
+    )
+    sampling.add_argument(
+        "--presence-penalty", type=float, default=0.0, metavar="X", help="off the logits of tokens in the output"
+    )
+    sampling.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X", help="the same for each time")
+    sampling.add_argument(
+        "--logit-bias", action="append", default=[], metavar="TOKEN=X", help="add to a token's logit; repeatable"
+    )
     sampling.add_argument("--seed", type=int, metavar="S", help="makes sampling repeatable")
     sampling.add_argument("--stop", action="append", default=[], metavar="STR", help="end before this text; repeatable")
+    sampling.add_argument(
+        "--stop-token-id", action="append", type=int, default=[], metavar="ID", help="end with this token; repeatable"
+    )
+    sampling.add_argument("--min-tokens", type=int, default=0, metavar="N", help="no end by a token before so many")
     sampling.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
+    told = "with --json, tell log-probabilities of"
+    sampling.add_argument("--logprobs", type=int, metavar="N", help=f"{told} each token and of the N likeliest")
+    sampling.add_argument("--prompt-logprobs", type=int, metavar="N", help=f"{told} the prompt's tokens likewise")
+    grammar = sampling.add_mutually_exclusive_group()
+    grammar.add_argument("--json-object", action="store_true", help="answer with a JSON object")
+    grammar.add_argument("--json-schema", metavar="FILE", help="answer with JSON by this schema")
+    grammar.add_argument("--regex", metavar="TEXT", help="answer with what this regular expression matches")
+    grammar.add_argument("--grammar", metavar="FILE", help="answer by this grammar, in llguidance's variant of Lark's")
 
 
 def sampling_params(args: argparse.Namespace) -> "SamplingParams":
     """Return what was chosen with the options of `add_sampling_options`."""
     from duomoe.sampling import SamplingParams
 
-    given = vars(args)
+    given = vars(args) | {
+        "stop_token_ids": args.stop_token_id,
+        "logit_bias": dict(map(_bias, args.logit_bias)),
+        "grammar": _grammar(args),
+    }
     return SamplingParams(**{field.name: given[field.name] for field in fields(SamplingParams) if field.name in given})
+
+
+def _bias(text: str) -> tuple[int, float]:
+    """Return a token and what is added to its logit."""
+    token, _, bias = text.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError:
+        raise InputError(f"--logit-bias is TOKEN=NUMBER, as 42=-5, got {text!r}") from None
+
+
+def _grammar(args: argparse.Namespace) -> "Grammar | None":
+    """Return what the answer has to follow, if anything."""
+    from duomoe.grammar import Grammar
+
+    if args.json_object:
+        return Grammar.json_object()
+    if args.json_schema is not None:
+        return Grammar.json_schema(read_text(Path(args.json_schema)))
+    if args.regex is not None:
+        return Grammar.regex(args.regex)
+    return None if args.grammar is None else Grammar.lark(read_text(Path(args.grammar)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -140,6 +194,8 @@ def as_json(completion: "Completion", llm: "LLM", prompt: str | list[dict[str, A
         "text": completion.text,
         "token_ids": completion.token_ids,
         "finish_reason": completion.finish_reason,
+        "logprobs": _told(completion.logprobs),
+        "prompt_logprobs": _told(completion.prompt_logprobs),
         "ttft_s": metrics.ttft_s,
         "tpot_s": metrics.tpot_s,
         "e2e_s": metrics.e2e_s,
@@ -148,6 +204,10 @@ def as_json(completion: "Completion", llm: "LLM", prompt: str | list[dict[str, A
         "start": llm.startup.as_dict(),
         "experts": asdict(metrics.experts) | {"prefetch_wasted_bytes": metrics.experts.prefetch_wasted_bytes},
     }
+
+
+def _told(logprobs: "Sequence[Logprobs | None] | None") -> list[dict[str, Any] | None] | None:
+    return None if logprobs is None else [None if each is None else asdict(each) for each in logprobs]
 
 
 def _read_prompt(args: argparse.Namespace) -> str | list[dict[str, Any]]:

@@ -21,9 +21,6 @@ LARGEST_SOURCE = 1 << 17
 # How llguidance knows the kinds of source.
 JSON_SCHEMA, REGEX, LARK = "json_schema", "regex", "lark"
 
-# JSON comes on one line, since a model that may write blanks anywhere may write nothing else.
-JSON_OPTIONS = {"coerce_one_of": True, "whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-
 
 @dataclass(frozen=True)
 class Grammar:
@@ -142,7 +139,16 @@ def _compiled(grammar: Grammar) -> str:
     from llguidance import LLMatcher
 
     if grammar.kind == JSON_SCHEMA:
-        return LLMatcher.grammar_from_json_schema(grammar.source, overrides=JSON_OPTIONS)
+        return LLMatcher.grammar_from_json_schema(
+            grammar.source,
+            # On one line, since a model that may write blanks anywhere may write nothing else.
+            overrides={
+                "coerce_one_of": True,
+                "whitespace_flexible": False,
+                "item_separator": ", ",
+                "key_separator": ": ",
+            },
+        )
     return (LLMatcher.grammar_from_regex if grammar.kind == REGEX else LLMatcher.grammar_from_lark)(grammar.source)
 
 

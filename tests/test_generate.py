@@ -328,3 +328,28 @@ def test_output_is_utf8_whatever_the_locale(folder: Path) -> None:
     ]
     done = subprocess.run([*map(str, command), "--device", "cpu"], capture_output=True, env=environment, check=True)
     done.stdout.decode("utf-8")
+
+
+def test_sampling_flags_reach_the_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": ["yes", "no"]}')
+    base = ["--prompt", "The sea", "--device", "cpu", "--json", "--max-new-tokens", "12"]
+
+    def run(*flags: str) -> dict[str, Any]:
+        assert main([*base, *flags]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    assert json.loads(run("--json-schema", str(schema))["text"]) in ("yes", "no")
+    assert set(run("--regex", "a{4}b")["text"]) == {"a", "b"}
+    plain = run("--logprobs", "2", "--prompt-logprobs", "0")
+    assert [len(each["top"]) for each in plain["logprobs"]] == [2] * len(plain["token_ids"])
+    assert plain["prompt_logprobs"][0] is None and len(plain["prompt_logprobs"]) == plain["prompt_tokens"]
+    first = plain["token_ids"][0]
+    assert first not in run("--logit-bias", f"{first}=-100", "--min-p", "0.1")["token_ids"]
+    assert run("--stop-token-id", str(first))["token_ids"] == [first]
+    assert len(run("--stop-token-id", str(first), "--min-tokens", "5")["token_ids"]) >= 5
+    repeated = run("--repetition-penalty", "1.9", "--presence-penalty", "1", "--frequency-penalty", "1")
+    assert len(set(repeated["token_ids"])) > 8
+    for flags in (["--logit-bias", "5"], ["--json-schema", "nowhere"], ["--regex", "("], ["--logprobs", "21"]):
+        assert main([*base, *flags]) == 2
+        assert capsys.readouterr().err.count("\n") == 1

@@ -1,20 +1,16 @@
 """From what a client asks for to `SamplingParams`; the one place where the two meet."""
 
-import importlib
 import re
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 from duomoe.errors import InputError
+from duomoe.grammar import Grammar
 from duomoe.sampling import SamplingParams
-from duomoe.server.errors import invalid
 from duomoe.server.protocol import INT64, GrammarSource, Sampling
 
 # What generation_config.json may say about sampling, for requests that do not say it.
 _FROM_CHECKPOINT = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-
-_KNOWN = frozenset(each.name for each in fields(SamplingParams))
 
 
 def default_options(generation_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -27,7 +23,7 @@ def default_options(generation_config: Mapping[str, Any]) -> dict[str, Any]:
         return {"temperature": 0.0}
     for name in _FROM_CHECKPOINT:
         value = generation_config.get(name)
-        if value is not None and name in _KNOWN:
+        if value is not None:
             try:
                 SamplingParams(**{name: value})
             except InputError:
@@ -45,16 +41,12 @@ def sampling_params(sampling: Sampling, defaults: Mapping[str, Any], longest: in
         longest: tokens that a sequence may have.
 
     Raises:
-        ApiError: when a field is not supported.
         InputError: when a value is out of range, or a grammar cannot be used.
     """
     options = {**defaults, **sampling.options}
     options["max_new_tokens"] = min(options["max_new_tokens"], longest)
     if sampling.grammar is not None:
         options["grammar"] = _grammar(sampling.grammar)
-    for name in options:
-        if name not in _KNOWN:
-            raise invalid(f"{name} is not supported here", name, "unsupported")
     try:
         first = SamplingParams(**options)
         if sampling.seed is None:
@@ -64,12 +56,8 @@ def sampling_params(sampling: Sampling, defaults: Mapping[str, Any], longest: in
         raise InputError(_in_fields(str(error))) from None
 
 
-def _grammar(wanted: GrammarSource) -> Any:
+def _grammar(wanted: GrammarSource) -> Grammar:
     """Return what an answer has to follow, as the engine takes it."""
-    try:
-        Grammar = importlib.import_module("duomoe.grammar").Grammar
-    except ImportError:
-        raise invalid("response_format is not supported here", "response_format", "unsupported") from None
     if wanted.kind == "json_object":
         return Grammar.json_object()
     make = {"json_schema": Grammar.json_schema, "regex": Grammar.regex, "lark": Grammar.lark}[wanted.kind]
