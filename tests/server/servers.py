@@ -9,13 +9,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import httpx
-import pytest
 
-from duomoe import LLM, SamplingParams
+from duomoe import LLM
 from duomoe.server.app import make_app
 from duomoe.server.served_model import ServedModel
 from duomoe.server.service import Limits, Service
@@ -23,12 +22,6 @@ from duomoe.server.service import Limits, Service
 R = TypeVar("R")
 
 NAME = "tiny-chat"
-
-
-def has(*names: str) -> pytest.MarkDecorator:
-    """Run a test once `SamplingParams` has these fields."""
-    missing = set(names) - {each.name for each in fields(SamplingParams)}
-    return pytest.mark.skipif(bool(missing), reason=f"SamplingParams lacks {', '.join(sorted(missing))}")
 
 
 class InProcess:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import pytest
-from servers import NAME, InProcess, Process, events, has
+from servers import NAME, InProcess, Process, events
 
 from duomoe import LLM, Completion, SamplingParams
 from duomoe.chat_output import Delta
@@ -132,7 +132,6 @@ def test_what_clients_send_besides_is_accepted(server: InProcess) -> None:
     )
 
 
-@has("grammar")
 def test_a_schema_is_followed(server: InProcess) -> None:
 
     schema = {
@@ -146,7 +145,6 @@ def test_a_schema_is_followed(server: InProcess) -> None:
     assert set(json.loads(answer["choices"][0]["message"]["content"])) == {"a"}
 
 
-@has("grammar")
 def test_schemas_that_blow_up_hurt_nobody(server: InProcess) -> None:
     deep: dict[str, Any] = {"type": "string"}
     for _ in range(400):
@@ -165,7 +163,6 @@ def test_schemas_that_blow_up_hurt_nobody(server: InProcess) -> None:
     assert server.chat(messages=HELLO, **GREEDY)["choices"]
 
 
-@has("logprobs")
 def test_logprobs_of_a_message(server: InProcess, process: Process) -> None:
     asked: dict[str, Any] = {"messages": HELLO, "logprobs": True, "top_logprobs": 2}
     choice = server.chat(**asked, **GREEDY)["choices"][0]

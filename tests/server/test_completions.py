@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from servers import NAME, InProcess, Process, events, has
+from servers import NAME, InProcess, Process, events
 
 from duomoe import LLM, SamplingParams
 
@@ -163,7 +163,6 @@ def test_tokens_out_of_the_vocabulary_are_refused_and_nothing_is_left_behind(ser
 # Fields that come with sampling.
 
 
-@has("logprobs")
 def test_logprobs_are_those_of_the_model(server: InProcess, llm: LLM) -> None:
     choice = server.complete(prompt="The sea", logprobs=3, **GREEDY)["choices"][0]
     tokens = llm.tokenizer.encode("The sea")
@@ -179,7 +178,6 @@ def test_logprobs_are_those_of_the_model(server: InProcess, llm: LLM) -> None:
         assert top[token] == logprob == max(top.values())
 
 
-@has("prompt_logprobs")
 @pytest.mark.parametrize("most", [0, 1])
 def test_an_echo_has_the_prompts_logprobs(server: InProcess, llm: LLM, most: int) -> None:
     tokens = llm.tokenizer.encode("Emma was not at all surprised when Mr. Knightley came")
@@ -193,14 +191,12 @@ def test_an_echo_has_the_prompts_logprobs(server: InProcess, llm: LLM, most: int
     assert error["param"] == "stream"
 
 
-@has("logit_bias")
 def test_a_bias_decides(server: InProcess) -> None:
     assert texts(server.complete(prompt="The sea", logit_bias={"70": 100}, temperature=0, max_tokens=3)) != texts(
         server.complete(prompt="The sea", temperature=0, max_tokens=3)
     )
 
 
-@has("stop_token_ids", "min_tokens")
 def test_a_stop_token_ends_the_text(server: InProcess, llm: LLM) -> None:
     tokens = llm.generate("The sea", SamplingParams(max_new_tokens=12))[0].token_ids
     answer = server.complete(prompt="The sea", stop_token_ids=[tokens[4]], **GREEDY)
@@ -208,14 +204,12 @@ def test_a_stop_token_ends_the_text(server: InProcess, llm: LLM) -> None:
     assert answer["usage"]["completion_tokens"] == tokens.index(tokens[4]) + 1
 
 
-@has("min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 def test_penalties_reach_the_engine(server: InProcess, llm: LLM) -> None:
     penalties = dict(min_p=0.1, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.25)
     answer = server.complete(prompt="The sea", **penalties, **GREEDY)
     assert texts(answer) == [generated(llm, "The sea", max_new_tokens=12, **penalties)]
 
 
-@has("grammar")
 def test_a_regular_expression_is_followed(server: InProcess) -> None:
     answer = server.complete(prompt="A date: ", structured_outputs={"regex": r"\d{4}-\d\d-\d\d"}, **GREEDY)
     (text,) = texts(answer)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from servers import NAME, Process, has
+from servers import NAME, Process
 
 from duomoe import LLM, SamplingParams
 
@@ -62,7 +62,6 @@ def samples(process: Process, folder: Path, task: str, yaml: str) -> list[dict[s
     return sorted(map(json.loads, file.read_text().splitlines()), key=lambda sample: sample["doc_id"])
 
 
-@has("prompt_logprobs")
 def test_log_likelihoods_are_those_of_the_model(process: Process, llm: LLM, tmp_path: Path) -> None:
     for sample in samples(process, tmp_path, "choice", CHOICE):
         case = CASES[sample["doc_id"]]
