@@ -244,27 +244,35 @@ class LLM:
         self.close()
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None, *, salt: bytes = b""
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        salt: bytes = b"",
     ) -> list[Completion]:
         """Continue prompts, several at a time.
 
         Args:
             prompts: strings, or lists of token ids; or a single one of either.
-            params: for all of them; None is greedy.
+            params: for all of them, or for each its own; None is greedy.
             salt: what was computed for prompts that begin alike is shared among those of the same salt.
 
         Returns:
             A completion for each prompt, in order.
 
         Raises:
-            InputError: when a prompt is empty or too long, before anything is generated.
+            InputError: when a prompt is empty or too long, or there are not as many parameters as prompts, before
+                anything is generated.
         """
         if not isinstance(prompts, str | list | tuple):
             raise InputError(f"prompts are strings or lists of token ids, not {type(prompts).__name__}")
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         each: Sequence[Prompt] = [prompts] if single else prompts
+        of_each = [params or SamplingParams()] * len(each) if not isinstance(params, Sequence) else params
+        if len(of_each) != len(each):
+            raise InputError(f"there are {len(of_each)} parameters for {len(each)} prompts; give one, or one for each")
         # All are checked before any is begun.
-        requests = [self._request(prompt, params or SamplingParams(), salt) for prompt in each]
+        requests = [self._request(prompt, own, salt) for prompt, own in zip(each, of_each, strict=True)]
         streams = submit_all(self._thread, requests)
         try:
             found = [chunk.completion for stream in streams for chunk in stream if chunk.completion]

@@ -163,3 +163,15 @@ def test_stats_are_what_happened(llm: LLM, prompt_of: Callable[..., list[int]]) 
     next(stream)
     assert llm.stats().running == 1 and llm.stats().used_pages > 0
     stream.close()
+
+
+def test_each_prompt_may_have_parameters_of_its_own(llm: LLM, prompt_of: Callable[..., list[int]]) -> None:
+    prompts = [prompt_of(5), prompt_of(9)]
+    each = [SamplingParams(max_new_tokens=3), SamplingParams(max_new_tokens=6, temperature=0.9, seed=1)]
+    found = llm.generate(prompts, each)
+    assert [len(completion.token_ids) for completion in found] == [3, 6]
+    for prompt, params, completion in zip(prompts, each, found, strict=True):
+        assert llm.generate(prompt, params)[0].token_ids == completion.token_ids
+        assert 0 <= completion.metrics.queue_s <= completion.metrics.ttft_s
+    with pytest.raises(InputError, match="1 parameters for 2 prompts"):
+        llm.generate(prompts, each[:1])

@@ -14,6 +14,7 @@ class Metrics:
 
     prompt_tokens: int
     cached_tokens: int  # of those, what was in pages already
+    queue_s: float  # from submission to admission
     ttft_s: float  # from submission to the first token
     tpot_s: float | None  # mean time between tokens after the first; None for a single token
     e2e_s: float  # from submission to the last token

@@ -85,6 +85,7 @@ class Request(Task):
         metrics = Metrics(
             prompt_tokens=self.prompt_length,
             cached_tokens=self.found or 0,
+            queue_s=max(0.0, (self.admitted or self.arrived) - self.arrived),
             ttft_s=self.first_token - self.arrived,
             tpot_s=(self.last_token - self.first_token) / (count - 1) if count > 1 else None,
             e2e_s=self.last_token - self.arrived,

@@ -167,13 +167,13 @@ class Scheduler(Generic[AnyTask]):
         for task in decision.preempted:
             self._preempt(task)
         for task in decision.admitted:
-            self._admit(task)
+            self._admit(task, now)
         for task in decision.decoding:
             task.pages += self.pages.take(pages_for(task.length) - len(task.pages))
         self._stepped = not decision.admitted
         return decision
 
-    def _admit(self, task: AnyTask) -> None:
+    def _admit(self, task: AnyTask, now: float) -> None:
         """Move the head of the queue to those who run.
 
         Its pages can be found from now on, though they are computed only in the pass to come: for those who are
@@ -185,10 +185,10 @@ class Scheduler(Generic[AnyTask]):
         self.pages.hold(found)
         task.pages = found + self.pages.take(pages_for(task.length) - len(found))
         task.computed = PAGE_SIZE * len(found)
-        if task.found is None:
-            task.found = task.computed
+        if task.admitted is None:
+            task.admitted, task.found = now, task.computed
             self.counts.prompt_tokens += task.length
-            self.counts.found_tokens += task.found
+            self.counts.found_tokens += task.computed
         self._name(task, task.length)
         self.running.append(self.waiting.popleft())
 

@@ -21,6 +21,7 @@ class Task:
         deadline: when its next token is due, on the same clock; None is never. No rule looks at it yet.
         pages: of its tokens so far, in order.
         computed: so many tokens, from the first on, have keys and values in pages.
+        admitted: when it was first admitted, on the clock of `arrived`; None before.
         found: how many of them others had computed when it was first admitted; None before.
     """
 
@@ -32,6 +33,7 @@ class Task:
     deadline: float | None = None
     pages: list[int] = field(default_factory=list)
     computed: int = 0
+    admitted: float | None = None
     found: int | None = None
 
     @property

@@ -88,8 +88,9 @@ class Sequences:
         self._pages[row] = 0
         self._write(row * self._width, _fields(len(tokens), seed, params))
         self.extend(owner, pages)
-        if row in self._changed_logits:
-            self._changed_logits.remove(row)
+        # Steps count the tokens of all their sequences, so what others have left is cleared for who asks for it.
+        if row in self._changed_logits or params.changes_logits:
+            self._changed_logits.discard(row)
             self.bias[row].zero_()
             self.seen[row].zero_()
             self.allowed[row].fill_(-1)

@@ -57,6 +57,7 @@ class Metrics:
         self._refused = counter("duomoe:requests_refused", "Requests that were answered with an error.", "status")
         self.abandoned = counter("duomoe:requests_abandoned", "Requests whose client left.").labels(name)
         self.ttft = histogram("vllm:time_to_first_token_seconds", "From arrival to the first token.", _FIRST_TOKEN)
+        self.queued = histogram("vllm:request_queue_time_seconds", "From arrival to admission.", _FIRST_TOKEN)
         self.between = histogram("vllm:inter_token_latency_seconds", "Between a sequence's tokens.", _BETWEEN_TOKENS)
         self.whole = histogram("vllm:e2e_request_latency_seconds", "From arrival to a sequence's end.", _WHOLE)
         self.prompt_length = histogram("vllm:request_prompt_tokens", "Tokens of a request's prompts.", _TOKENS)
@@ -193,3 +194,4 @@ class Watch:
             self._metrics.finish(completion.finish_reason)
             self._metrics.length.observe(self._counts[index])
             self._metrics.whole.observe(now - self.arrived)
+            self._metrics.queued.observe(completion.metrics.queue_s)

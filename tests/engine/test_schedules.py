@@ -6,7 +6,9 @@ and in the end no page, no slot and no request is left.
 
 from dataclasses import dataclass
 from functools import cache
+from itertools import count
 from queue import Empty
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -87,7 +89,10 @@ class Schedules(RuleBasedStateMachine):
             copy.arrived.set()
             return copy
 
+        clock = count()
         self.patch = pytest.MonkeyPatch()
+        # A tenth of a second passes whenever the engine looks.
+        self.patch.setattr("duomoe.engine.engine.time", SimpleNamespace(perf_counter=lambda: next(clock) / 10))
         self.patch.setattr(HostLink, "_queue", at_once)
 
     @rule(
