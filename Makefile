@@ -9,7 +9,8 @@ generate: .venv/ready
 
 test: .venv/ready
 	# Not `python -m pytest`, which would put this folder, and with it a bare `kernels`, on transformers' path.
-	.venv/bin/pytest
+	# Two at a time, file by file: most tests use one core.
+	.venv/bin/pytest --numprocesses 2 --dist loadfile
 
 lint: .venv/ready
 	.venv/bin/ruff check .
