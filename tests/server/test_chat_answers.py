@@ -200,7 +200,7 @@ class Scripted:
 def scripted(llm: LLM, text: str, reason: str, **fields: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The choice of a whole answer, and those of its events, when a model answers `text` letter by letter."""
     request = parse_chat({"messages": HELLO} | fields)
-    metrics = Metrics(1, 0, 0.0, 0.0, 0.0, Traffic())
+    metrics = Metrics(1, 0, 0.0, 0.0, 0.0, 0.0, Traffic())
     completion = Completion(text, [1] * len(text), reason, metrics)
 
     def answer() -> ChatAnswer:
