@@ -31,6 +31,7 @@ class Rows(RuleBasedStateMachine):
         super().__init__()
         self.rows = Sequences(CPU, 3, 6, 40)
         self.held: dict[str, tuple[list[int], int, list[int], SamplingParams, int]] = {}
+        self.allowed: dict[str, set[int]] = {}  # where not all are
 
     @rule(
         name=st.sampled_from("abcd"),
@@ -47,11 +48,27 @@ class Rows(RuleBasedStateMachine):
         params = SamplingParams(temperature=0.5, top_k=length, presence_penalty=penalty, logit_bias=bias)
         self.rows.join(name, tokens, min(prompt, length), pages, length, params)
         self.held[name] = tokens, min(prompt, length), pages, params, length
+        self.allowed.pop(name, None)
 
     @rule(name=st.sampled_from("abcd"))
     def leave(self, name: str) -> None:
         self.rows.leave(name)
         self.held.pop(name, None)
+        self.allowed.pop(name, None)
+
+    @rule(
+        masks=st.dictionaries(st.sampled_from("abcd"), st.none() | st.sets(st.integers(0, 39))),
+        size=st.sampled_from([5, 8, 12]),
+    )
+    def allow(self, masks: dict[str, set[int] | None], size: int) -> None:
+        """Of sequences whose parameters change logits; in as many bytes as the tokens need, in whole words or more."""
+        masks = {name: mask for name, mask in masks.items() if name in self.held and self.held[name][3].changes_logits}
+        bits = {name: None if mask is None else sum(1 << token for token in mask) for name, mask in masks.items()}
+        self.rows.allow({name: None if mask is None else mask.to_bytes(size, "little") for name, mask in bits.items()})
+        for name, mask in masks.items():
+            self.allowed.pop(name, None)
+            if mask is not None:
+                self.allowed[name] = mask
 
     @rule(names=st.lists(st.sampled_from("abcd"), unique=True), padding=st.integers(0, 2), token=st.integers(0, 39))
     def step(self, names: list[str], padding: int, token: int) -> None:
@@ -77,6 +94,8 @@ class Rows(RuleBasedStateMachine):
             assert struct.unpack("d", struct.pack("q", words[TEMPERATURE])) == (0.5,)
             bias = [(params.logit_bias or {}).get(each, 0.0) for each in range(40)]
             assert self.rows.bias[row].tolist() == (bias if params.changes_logits else [0.0] * 40)
+            bits = [word >> bit & 1 for word in self.rows.allowed[row].tolist() for bit in range(32)]
+            assert {token for token in range(40) if bits[token]} == self.allowed.get(name, set(range(40)))
             if params.counts_tokens:
                 output = tokens[prompt:]
                 assert self.rows.seen[row].tolist() == [
@@ -87,6 +106,7 @@ class Rows(RuleBasedStateMachine):
     def padding_stays_what_it_is(self) -> None:
         self.rows.send()
         assert self.rows.table[3, : LENGTH + 1].tolist() == [0, 0]
+        assert not self.rows.bias[3].any() and not self.rows.seen[3].any() and (self.rows.allowed[3] == -1).all()
 
 
 TestRows = Rows.TestCase
