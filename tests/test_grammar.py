@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from duomoe import LLM, InputError, SamplingParams
+from duomoe.engine.completion import Chunk
 from duomoe.engine.masks import changed_masks
 from duomoe.engine.request import Request
 from duomoe.grammar import LARGEST_SOURCE, Grammar, GrammarCompiler, GrammarError
@@ -125,10 +126,8 @@ def test_an_end_waits_for_the_least_tokens_where_the_grammar_goes_on(llm: LLM) -
         assert over.text == "abc" and over.finish_reason == "stop"
 
 
-def test_ends_are_forbidden_until_there_are_enough_tokens() -> None:
-    """Without a grammar a mask is sent at the beginning and when it ends, and at no step between."""
-    params = SamplingParams(min_tokens=3, stop_token_ids=[9, 500])
-    request = Request(
+def request_of(params: SamplingParams) -> Request:
+    return Request(
         tokens=[1, 2],
         keys=None,
         longest=50,
@@ -137,15 +136,31 @@ def test_ends_are_forbidden_until_there_are_enough_tokens() -> None:
         seed=0,
         stream=TextStream(None, (), [1, 2]),
     )
-    sent = []
+
+
+def test_ends_are_forbidden_until_there_are_enough_tokens() -> None:
+    """Without a grammar a mask is sent at the beginning and when it ends, and at no step between."""
+    request, eos = request_of(SamplingParams(min_tokens=3, stop_token_ids=[9, 500])), frozenset([4])
+    sent, anew = [], []
     for step in range(5):
-        masks, failures = changed_masks([request], frozenset([4]), 20, begun=step == 0)
-        assert not failures
-        sent.append({key: None if mask is None else tokens_in(mask) for key, mask in masks.items()})
+        for begun, found in ((step == 0, sent), (True, anew)):
+            masks, failures = changed_masks([request], eos, 20, begun)
+            assert not failures
+            found.append({key: None if mask is None else tokens_in(mask) for key, mask in masks.items()})
         request.tokens.append(7)
-    assert sent == [{request: set(range(24)) - {4, 9}}, {}, {}, {request: None}, {}]
-    # Begun again by then, its row is new and allows everything.
-    assert changed_masks([request], frozenset([4]), 20, begun=True) == ({}, {})
+    others = set(range(24)) - {4, 9}
+    assert sent == [{request: others}, {}, {}, {request: None}, {}]
+    # A row that is written anew allows everything.
+    assert anew == [{request: others}] * 3 + [{}, {}]
+
+
+def test_a_grammar_that_is_over_may_end_before_the_least_tokens(llm: LLM) -> None:
+    request = request_of(SamplingParams(min_tokens=9, grammar=Grammar.regex("a")))
+    request.matcher = compiler(llm, llm.config.vocab_size, [3]).matcher(Grammar.regex("a"))
+    assert llm.tokenizer is not None
+    request.tokens += llm.tokenizer.encoder.encode("a").ids
+    masks, _ = changed_masks([request], frozenset([3]), llm.config.vocab_size, begun=False)
+    assert tokens_in(masks[request] or b"") == {3}
 
 
 def test_who_is_preempted_goes_on_with_its_grammar() -> None:
@@ -170,10 +185,14 @@ def test_what_becomes_too_complex_ends_its_own_request(llm: LLM) -> None:
     """While others are in the same steps, which have the tokens that they have alone; and its pages are free again."""
     fine = SamplingParams(max_new_tokens=12, ignore_eos=True), SamplingParams(grammar=Grammar.regex("[a-z ]{20}"))
     alone = [llm.generate("The sea", params)[0].token_ids for params in fine]
-    hard = SamplingParams(max_new_tokens=30, grammar=Grammar.regex("((a{1,500}){1,500}){1,500}"))
+    doubling = "\n".join(f"a{n}: a{n + 1} a{n + 1}" for n in range(40))
+    hard = SamplingParams(grammar=Grammar.lark(f'start: b b b a0\nb: /[b-d]/\n{doubling}\na40: "x"'))
     streams = [llm.stream("The sea", params) for params in (fine[0], hard, fine[1])]
+    before: list[Chunk] = []
     with pytest.raises(GrammarError, match="the grammar failed") as caught:
-        list(streams[1])
+        for chunk in streams[1]:
+            before.append(chunk)
+    assert 0 < len(before) < 12
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
     assert [[chunk.token_id for chunk in stream] for stream in (streams[0], streams[2])] == alone
     assert llm.stats().used_pages == llm.stats().running == 0
