@@ -20,6 +20,7 @@ from duomoe.engine.logprobs import prompt_logprobs
 from duomoe.engine.request import Request
 from duomoe.engine.scheduler import Scheduler
 from duomoe.engine.stats import Stats
+from duomoe.experts.page_routing import Prefix
 from duomoe.experts.policies import Policy
 from duomoe.memory.kv_cache import KVCache
 from duomoe.memory.pages import PAGE_SIZE, pages_for
@@ -98,24 +99,31 @@ class Engine:
     def fail(self, requests: Iterable[Request], error: BaseException) -> None:
         """End requests, each with an error of its own; nothing is kept of what was at hand where it was raised."""
         traceback.clear_frames(error.__traceback__)
+        broken: BaseException | None = None
         for request in list(requests):
             try:
                 self._hand_over(request)
                 self._remove(request, failed=True)
-            finally:
-                request.outbox.put(_copy(error))
+            except BaseException as other:
+                broken = other
+            request.outbox.put(_copy(error))
+        if broken is not None:  # all have been told
+            raise broken
 
     def fail_all(self, error: BaseException) -> None:
         """End every request with an error, and forget all pages: nobody knows where it has left the queue and them."""
-        self.fail([*self.scheduler.running, *self.scheduler.waiting], error)
-        self.scheduler.clear()
+        try:
+            self.fail([*self.scheduler.running, *self.scheduler.waiting], error)
+        finally:
+            self.scheduler.clear()
 
     def close(self) -> None:
         """End all requests, with errors, and what the policy runs on."""
-        self.fail_all(RuntimeError("this model was closed"))
-        self.policy.close()
-        if self.log is not None:
-            self.log.close()
+        with contextlib.ExitStack() as last:
+            if self.log is not None:
+                last.callback(self.log.close)
+            last.callback(self.policy.close)
+            self.fail_all(RuntimeError("this model was closed"))
 
     @torch.inference_mode()
     def step(self) -> float:
@@ -142,7 +150,7 @@ class Engine:
         for request, sampled in zip(requests, found, strict=True):
             if request.gone:
                 continue
-            self.scheduler.computed([request])
+            self.scheduler.note_computed(request)
             if isinstance(sampled, Exception):
                 self.fail([request], sampled)
                 continue
@@ -248,8 +256,7 @@ class Engine:
 
     def _prefill(self, requests: list[Request]) -> None:
         """Compute the rest of some requests in a pass, and launch the sampling of their next tokens."""
-        self.policy.recall(_prefixes(requests))
-        stream = torch.cat(self._pass([_rest(request) for request in requests]))
+        stream = torch.cat(self._pass([_rest(request) for request in requests], _prefixes(requests)))
         ends = list(itertools.accumulate(request.length - request.computed for request in requests))
         for request, end in zip(requests, ends, strict=True):
             if (count := request.params.prompt_logprobs) is not None and request.prompt_logprobs is None:
@@ -279,10 +286,10 @@ class Engine:
         finally:
             self.cache.pages.release(pages)
 
-    def _pass(self, spans: Sequence[Span]) -> list[Tensor]:
+    def _pass(self, spans: Sequence[Span], prefixes: Sequence[Prefix] = ()) -> list[Tensor]:
         """Run a prefill pass; return the stream [tokens, hidden] in chunks."""
         batches = [batch_of(chunk, self.model.rotary, self.model.device) for chunk in cut(spans)]
-        return self.policy.prefill(batches, self.cache.layers)
+        return self.policy.prefill(batches, self.cache.layers, prefixes)
 
 
 def _rest(request: Request) -> Span:
@@ -290,13 +297,13 @@ def _rest(request: Request) -> Span:
     return Span(request.tokens[request.computed :], request.computed, request.prompt_length, request.pages)
 
 
-def _prefixes(requests: Sequence[Request]) -> list[tuple[list[int], int]]:
-    """Return each request's pages that are computed already, and how many of its tokens come behind them."""
+def _prefixes(requests: Sequence[Request]) -> list[Prefix]:
+    """Return what of each request is computed already."""
     coming = {page for request in requests for page in request.pages[request.computed // PAGE_SIZE :]}
     prefixes = []
     for request in requests:
         pages = [page for page in request.pages[: request.computed // PAGE_SIZE] if page not in coming]
-        prefixes.append((pages, request.length - PAGE_SIZE * len(pages)))
+        prefixes.append(Prefix(pages, request.length - PAGE_SIZE * len(pages)))
     return prefixes
 
 

@@ -12,7 +12,7 @@ The rules of `decide`:
    at the head of the queue, and is computed again. The oldest always goes on, so every request ends.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
@@ -76,7 +76,7 @@ class Decision(NamedTuple, Generic[AnyTask]):
 
 
 def decide(state: State[AnyTask], limits: Limits) -> Decision[AnyTask]:
-    """Say what to do next. Depends on nothing else, and changes nothing."""
+    """Say what to do next. Depends on nothing else, and changes nothing but that keys of pages are made."""
     if state.waiting and state.stepped:
         admitted, tokens = _admissible(state, limits)
         due = state.now
@@ -94,7 +94,7 @@ def decide(state: State[AnyTask], limits: Limits) -> Decision[AnyTask]:
 def _admissible(state: State[AnyTask], limits: Limits) -> tuple[list[AnyTask], int]:
     """Return whom there is room for in one pass, and how many tokens that computes at most."""
     admitted: list[AnyTask] = []
-    spare, computed = state.pages.available, 0
+    spare, tokens = state.pages.available, 0
     growing = sum(task.most_pages > len(task.pages) for task in state.running)
     for task in state.waiting:
         if len(state.running) + len(admitted) == limits.max_batch:
@@ -103,12 +103,12 @@ def _admissible(state: State[AnyTask], limits: Limits) -> tuple[list[AnyTask], i
         rest = task.length - PAGE_SIZE * len(found)
         pages = min(pages_for(task.length + 1), task.most_pages)
         spare -= pages - len(found) + state.pages.unheld(found)
-        if spare < growing or (admitted and computed + rest > limits.pass_tokens):
+        if spare < growing or (admitted and tokens + rest > limits.pass_tokens):
             break
-        computed += rest
+        tokens += rest
         growing += task.most_pages > pages
         admitted.append(task)
-    return admitted, computed
+    return admitted, tokens
 
 
 def _preempted(state: State[AnyTask]) -> list[AnyTask]:
@@ -116,12 +116,14 @@ def _preempted(state: State[AnyTask]) -> list[AnyTask]:
     lacking = [pages_for(task.length) > len(task.pages) for task in state.running]
     missing, available = sum(lacking), state.pages.available
     preempted: list[AnyTask] = []
+    given: Counter[int] = Counter()  # how many of those who give way hold each page
     while missing > available:
         number = len(lacking) - 1 - len(preempted)
         assert number > 0, "one sequence has room for all the tokens that it may have"
         preempted.append(state.running[number])
         missing -= lacking[number]
-        available += state.pages.held_once(state.running[number].pages)
+        given.update(state.running[number].pages)
+        available += sum(given[page] == state.pages.holders(page) for page in state.running[number].pages)
     return preempted
 
 
@@ -166,6 +168,10 @@ class Scheduler(Generic[AnyTask]):
         decision = decide(State(self.waiting, self.running, self.pages, stepped, now, self.costs), self.limits)
         for task in decision.preempted:
             self._preempt(task)
+        # What each was promised, before anybody takes a page that it lies in.
+        for task in decision.admitted:
+            task.pages = self.pages.find(task.shared_keys())
+            self.pages.hold(task.pages)
         for task in decision.admitted:
             self._admit(task, now)
         for task in decision.decoding:
@@ -174,17 +180,17 @@ class Scheduler(Generic[AnyTask]):
         return decision
 
     def _admit(self, task: AnyTask, now: float) -> None:
-        """Move the head of the queue to those who run.
+        """Move the head of the queue to those who run, with the pages that were found for it.
 
         Its pages can be found from now on, though they are computed only in the pass to come: for those who are
-        admitted to the same pass, and are behind it there.
+        admitted to the same pass, and are behind it there. So it may find more than it was promised.
         """
         assert self.waiting[0] is task, "first come, first served"
-        keys = task.shared_keys()
-        found = self.pages.find(keys)
-        self.pages.hold(found)
-        task.pages = found + self.pages.take(pages_for(task.length) - len(found))
-        task.computed = PAGE_SIZE * len(found)
+        more = self.pages.find(task.shared_keys())[len(task.pages) :]
+        self.pages.hold(more)
+        task.pages += more
+        task.computed = PAGE_SIZE * len(task.pages)
+        task.pages += self.pages.take(pages_for(task.length) - len(task.pages))
         if task.admitted is None:
             task.admitted, task.found = now, task.computed
             self.counts.prompt_tokens += task.length
@@ -212,11 +218,10 @@ class Scheduler(Generic[AnyTask]):
         self.pages.release(task.pages)
         task.pages, task.computed = [], 0
 
-    def computed(self, tasks: Sequence[AnyTask]) -> None:
-        """Note that all tokens of some tasks are computed; before the next ones are appended."""
-        for task in tasks:
-            self._name(task, task.length)
-            task.computed = task.length
+    def note_computed(self, task: AnyTask) -> None:
+        """Note that all tokens of a task are computed; before the next one is appended."""
+        self._name(task, task.length)
+        task.computed = task.length
 
     def make_room(self, pages: int) -> list[AnyTask]:
         """Preempt the latest until so many pages are available; return who gave way."""

@@ -58,8 +58,8 @@ def simulate(arrivals: Iterable[Simulated], scheduler: Scheduler[Simulated], cos
             now += costs.prefill.at(sum(task.length - task.computed for task in advancing))
         else:
             now += costs.decode.at(len(advancing))
-        scheduler.computed(advancing)
         for task in list(advancing):
+            scheduler.note_computed(task)
             _give(task, now, scheduler)
     return decisions
 

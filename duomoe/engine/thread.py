@@ -138,19 +138,29 @@ def _run(engine: Engine, inbox: Inbox) -> None:
     """Do what comes in, and steps between; until None comes in."""
     if engine.model.device.type == "cuda":
         torch.cuda.set_device(engine.model.device)  # each thread has a current one of its own
-    pause = 0.0  # how long there is nothing to do unless a message comes
-    while True:
+    patience: float | None = None  # how long the next step waits for what may come in; None: until something does
+    try:
+        while _heed(engine, inbox, patience):
+            patience = (_attempt(engine, engine.step) or 0.0) if engine.has_work else None
+    finally:
+        engine.close()
+
+
+def _heed(engine: Engine, inbox: Inbox, patience: float | None) -> bool:
+    """Do what has come in; return whether the engine is to go on.
+
+    What comes in meanwhile waits for a step. Otherwise one who asks without end would stop all others.
+    """
+    for _ in range(max(1, inbox.qsize())):
         try:
-            message = inbox.get(timeout=pause if engine.has_work else None)
+            message = inbox.get(timeout=patience)
         except Empty:
-            pause = _attempt(engine, engine.step) or 0.0
-            continue
-        pause = 0.0
+            return True
         if message is None:
-            break
+            return False
         _attempt(engine, partial(message, engine))
-        del message  # it holds a request, perhaps, while nothing else comes in
-    engine.close()
+        patience = 0.0
+    return True
 
 
 def _attempt(engine: Engine, work: Callable[[], R]) -> R | None:

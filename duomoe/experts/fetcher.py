@@ -62,7 +62,7 @@ class HostFetcher(Fetcher):
         self.link.recall()
         for expert, slot, partly in _columns(misses):
             begun = self._ahead.pop(slot, None)
-            if begun is not None and partly:
+            if begun is not None and partly and not self.link.has_failed(begun):
                 self._coming.append(self.link.promote(begun))
             else:
                 self._coming.append(self.link.send(self._row(expert), self.pool.rows[slot]))
@@ -78,7 +78,8 @@ class HostFetcher(Fetcher):
     def fetch_ahead(self, ahead: Tensor, issued: Tensor) -> None:
         """Queue the copies behind those of `fetch`; the next `fetch` or `stop` recalls them."""
         for expert, slot, partly in _columns(ahead):
-            if not partly:
+            # What failed ahead of need is no fault of whoever needs it.
+            if not partly or self.link.has_failed(self._ahead[slot]):
                 self._ahead[slot] = Copy(self._row(expert), self.pool.rows[slot])
             self.link.send_ahead(self._ahead[slot])
 

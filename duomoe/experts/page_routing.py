@@ -3,10 +3,24 @@
 Who finds a prompt's pages computed finds there, too, what computing them would have shown: which experts it uses.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from duomoe.memory.pages import PAGE_SIZE
+
+
+class Prefix(NamedTuple):
+    """What of a prompt was computed before the pass that computes the rest.
+
+    Attributes:
+        pages: all full, in order.
+        behind: how many tokens come behind them.
+    """
+
+    pages: list[int]
+    behind: int
 
 
 def page_routing_bytes(num_pages: int, num_layers: int, num_experts: int) -> int:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from duomoe.experts.compute import LayerSum
-from duomoe.experts.page_routing import PageRouting
+from duomoe.experts.page_routing import PageRouting, Prefix
 from duomoe.experts.residency import Residency
 from duomoe.kernels.admit import ONE
 from duomoe.memory.pages import PAGE_SIZE
@@ -70,19 +70,14 @@ class Known(NamedTuple):
     worth: Tensor
 
 
-def known_of(routing: PageRouting, prefixes: Sequence[tuple[list[int], int]]) -> Known | None:
-    """Return what is known of prompts whose first pages are there already.
-
-    Args:
-        routing: what those pages' tokens chose.
-        prefixes: for each prompt those pages, and how many tokens come behind them.
-    """
-    pages = [page for prefix, _ in prefixes for page in prefix]
+def known_of(routing: PageRouting, prefixes: Sequence[Prefix]) -> Known | None:
+    """Return what is known of prompts by the routing of what was computed of them before; None if nothing was."""
+    pages = [page for prefix in prefixes for page in prefix.pages]
     if not pages:
         return None
     counts = routing.of(pages)
     ages = torch.tensor(
-        [rest + PAGE_SIZE * behind for prefix, rest in prefixes for behind in range(len(prefix) - 1, -1, -1)]
+        [each.behind + PAGE_SIZE * after for each in prefixes for after in range(len(each.pages) - 1, -1, -1)]
     )
     worth = counts * _worth_at(ages)[:, None, None]
     return Known(PAGE_SIZE * len(pages), counts.sum(0), worth.sum(0))

@@ -46,7 +46,7 @@ def held(llm: LLM) -> tuple[int, int, int]:
 
 
 # What hands errors on, in the thread's loop, is not what fails.
-HANDS_ON = ("put", "message", "add", "has_work", "_run", "_main", "_attempt", "fail", "fail_all")
+HANDS_ON = ("put", "message", "add", "has_work", "_run", "_heed", "_main", "_attempt", "fail", "fail_all")
 
 
 class Injected(Exception):
@@ -211,10 +211,10 @@ def record(policy: Any, name: str, recorded: list[tuple[str, Any, list[torch.Ten
     original = getattr(policy, name)
     depth = [0]
 
-    def run(given: Any, kv: Any) -> Any:
+    def run(given: Any, kv: Any, *prefixes: Any) -> Any:
         depth[0] += 1
         try:
-            result = original(given, kv)
+            result = original(given, kv, *prefixes)
         finally:
             depth[0] -= 1
         if depth[0] == 0 and sys._getframe(1).f_code.co_name != "decode":

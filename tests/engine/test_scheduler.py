@@ -37,8 +37,8 @@ def advance(scheduler: Scheduler[Task]) -> tuple[list[Task], list[Task]]:
     """Make one decision true; return who was admitted and who decoded."""
     decision = scheduler.decide(0.0)
     admitted, decoding = list(decision.admitted), list(decision.decoding)
-    scheduler.computed(admitted + decoding)
     for each in admitted + decoding:
+        scheduler.note_computed(each)
         each.tokens.append(7)
     return admitted, decoding
 
@@ -119,12 +119,37 @@ def test_prompts_that_begin_alike_share_pages_in_one_pass_and_later() -> None:
     assert second.pages[:3] == first.pages[:3] and second.computed == 3 * PAGE_SIZE
     assert other.computed == 0 and not set(other.pages) & set(first.pages)
     assert scheduler.pages.used == 4 + 1 + 4
-    scheduler.computed(decision.admitted)
     for each in (first, second, other):
+        scheduler.note_computed(each)
         scheduler.remove(each)
     assert scheduler.pages.used == 0 and scheduler.pages.kept == 6
     (again,) = add(scheduler, [*common, 1, 5])
     assert advance(scheduler)[0] == [again] and again.pages[:3] == first_pages(scheduler, common)
+
+
+def test_what_a_pass_computes_is_what_it_was_admitted_for() -> None:
+    """The pages that were found for one are not taken by who is before it, though nobody holds them."""
+    scheduler = scheduler_of(12, pass_tokens=4 * PAGE_SIZE)
+    known, other = list(range(5 * PAGE_SIZE)), 5 * PAGE_SIZE
+    for each in add(scheduler, [*known, 1], other):  # that has been used least recently, then others
+        assert advance(scheduler)[0] == [each]
+        scheduler.remove(each)
+    assert scheduler.pages.kept == 10
+    first, second = add(scheduler, 4 * PAGE_SIZE - 10, [*known, 2])
+    decision = scheduler.decide(0.0)
+    assert decision.admitted == [first, second] and second.computed == 5 * PAGE_SIZE
+
+
+def test_as_few_give_way_as_can() -> None:
+    """What two of them share is free when both have given way."""
+    scheduler = scheduler_of(100, pass_tokens=1000)
+    common = list(range(4 * PAGE_SIZE))
+    tasks = add(scheduler, *[PAGE_SIZE] * 5, *([*common, *[number] * PAGE_SIZE] for number in (1, 2)))
+    assert advance(scheduler)[0] == tasks  # now each needs one more page
+    taken = scheduler.pages.take(scheduler.pages.available)
+    decision = scheduler.decide(0.0)
+    assert decision.decoding == tasks[:5] and decision.preempted == tasks[:4:-1]
+    scheduler.pages.release(taken)
 
 
 def first_pages(scheduler: Scheduler[Task], tokens: list[int]) -> list[int]:
@@ -178,8 +203,12 @@ class Schedules(RuleBasedStateMachine):
     @rule(fails=st.integers(0, 9), token=st.integers(0, 2))
     def step(self, fails: int, token: int) -> None:
         before = [*self.scheduler.running, *self.scheduler.waiting]
+        giving_way = self.who_has_to_give_way()
         decision = self.scheduler.decide(0.0)
         advancing = [*decision.admitted, *decision.decoding]
+        if len(decision.admitted) > 1:
+            assert sum(each.length - each.computed for each in decision.admitted) <= self.scheduler.limits.pass_tokens
+        assert len(decision.preempted) == (0 if decision.admitted else giving_way)
         assert bool(advancing) == bool(before)
         assert [*self.scheduler.running, *self.scheduler.waiting] == before  # the order is that of arrival
         if fails == 0:  # before anything is written
@@ -196,11 +225,21 @@ class Schedules(RuleBasedStateMachine):
             for position in range(each.computed, each.length):
                 page_content = self.written.setdefault(each.pages[position // PAGE_SIZE], {})
                 page_content[position % PAGE_SIZE] = tuple(each.tokens[: position + 1])
-        self.scheduler.computed(advancing)
         for each in advancing:
+            self.scheduler.note_computed(each)
             each.tokens.append(token)
             if each.length >= self.longest:
                 self.scheduler.remove(each)
+
+    def who_has_to_give_way(self) -> int:
+        """How many of the latest must, so that each of the others has pages for its next token."""
+        running = list(self.scheduler.running)
+        while running:
+            missing = sum(pages_for(each.length) - len(each.pages) for each in running)
+            if missing <= self.scheduler.pages.num_pages - len({page for each in running for page in each.pages}):
+                break
+            running.pop()
+        return len(self.scheduler.running) - len(running)
 
     def at(self, each: Task, position: int) -> tuple[int, ...]:
         return self.written[each.pages[position // PAGE_SIZE]][position % PAGE_SIZE]

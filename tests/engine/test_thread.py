@@ -289,6 +289,67 @@ def test_a_fault_of_the_link_belongs_to_the_copies_that_it_hit(
         assert alone(llm, prompts) == expected, "somebody else's old fault"
 
 
+def test_what_fails_ahead_of_need_fails_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    send_ahead, move = HostLink.send_ahead, HostLink._move
+    ahead: set[Any] = set()
+
+    def sent_ahead(self: HostLink, copy: Any) -> Any:
+        ahead.add(copy)
+        try:
+            return send_ahead(self, copy)
+        finally:
+            assert copy.arrived.wait(30) and copy.error is not None
+
+    def faulty(self: HostLink, copy: Any, size: int) -> None:
+        if copy in ahead:
+            raise OSError("a fault")
+        move(self, copy, size)
+
+    with LLM(device="cpu", policy="duo", expert_memory="15%", predictor="gate") as llm:
+        expected = llm.generate("The sea", PARAMS)[0]
+        assert expected.metrics.experts.prefetch_used_bytes > 0
+        monkeypatch.setattr(HostLink, "send_ahead", sent_ahead)
+        monkeypatch.setattr(HostLink, "_move", faulty)
+        found = llm.generate("The sea", PARAMS)[0]
+    assert ahead and found.metrics.experts.prefetched_bytes == 0
+    assert found.token_ids == expected.token_ids
+
+
+def test_who_asks_without_end_does_not_stop_the_others(llm: LLM, prompt_of: Callable[..., list[int]]) -> None:
+    stopped = threading.Event()
+
+    def ask(_: Any) -> None:
+        if not stopped.is_set():
+            llm._thread.send(ask)
+
+    stream = llm.submit(prompt_of(5), PARAMS)
+    llm._thread.send(ask)
+    patience = threading.Timer(30, stopped.set)
+    patience.start()
+    try:
+        assert len(list(stream)) == PARAMS.max_new_tokens and not stopped.is_set()
+    finally:
+        stopped.set()
+        patience.cancel()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_error_that_cannot_be_told_leaves_no_request_waiting(
+    llm: LLM, prompt_of: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does it keep the engine from ending."""
+    threads = llm._thread._thread, llm.policy.residency.link._thread
+    streams = [llm.submit(prompt, PARAMS) for prompt in prompts_of(prompt_of, 3)]
+    monkeypatch.setattr(llm.engine, "_remove", lambda *_, **__: 1 / 0)
+    llm.close()
+    for stream in streams:
+        with pytest.raises(RuntimeError, match="closed"):
+            list(stream)
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
 def test_a_token_that_cannot_be_accepted_fails_its_request_alone(
     llm: LLM, prompt_of: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from duomoe import LLM, SamplingParams
-from duomoe.experts.page_routing import PageRouting
+from duomoe.experts.page_routing import PageRouting, Prefix
 from duomoe.experts.prefill import HALF_LIFE, known_of
 from duomoe.memory.pages import PAGE_SIZE
 
@@ -48,11 +48,11 @@ def test_what_is_known_of_a_prompt_fades_with_the_tokens_behind_it() -> None:
     for page, expert in ((0, 1), (2, 3)):
         rows = page * PAGE_SIZE + torch.arange(PAGE_SIZE)
         routing.note(rows, torch.full((1, PAGE_SIZE, 1), expert))
-    known = known_of(routing, [([0, 2], HALF_LIFE), ([], 7)])
+    known = known_of(routing, [Prefix([0, 2], HALF_LIFE), Prefix([], 7)])
     assert known is not None and known.tokens == 2 * PAGE_SIZE
     assert known.counts.tolist() == [[0, 16, 0, 16, 0]]
     assert known.worth.tolist() == [pytest.approx([0, 16 * 0.5 ** (1.5), 0, 8, 0])]
-    assert known_of(routing, [([], 3)]) is None
+    assert known_of(routing, [Prefix([], 3)]) is None
 
 
 @pytest.mark.parametrize("policy", ["lru", "duo"])

@@ -9,11 +9,11 @@ from torch import Tensor
 from duomoe.experts.decode import Decode
 from duomoe.experts.fetcher import DeviceFetcher, Fetcher, HostFetcher
 from duomoe.experts.link import HostLink, Link, Traffic
-from duomoe.experts.page_routing import PageRouting
+from duomoe.experts.page_routing import PageRouting, Prefix
 from duomoe.experts.policies.bounded import BoundedPolicy
 from duomoe.experts.policies.policy import joined
 from duomoe.experts.predictor import Predictor
-from duomoe.experts.prefill import Known, PrefillStream, known_of
+from duomoe.experts.prefill import PrefillStream, known_of
 from duomoe.experts.slots import Directory
 from duomoe.experts.store import ExpertStore
 from duomoe.models import Batch, LayerKV, Model, Routing
@@ -58,7 +58,6 @@ class CachedPolicy(BoundedPolicy):
         self.can_be_captured = self.decoder is not None
         self.decoding = False  # the directory is the valid one, not the residency
         self._page_routing: PageRouting | None = None
-        self._known: Known | None = None  # of the prompts of the next prefill
         self._rows: list[Tensor] = []  # of each chunk of the pass
         self._chosen: list[Tensor] = []  # by the tokens of a decode step, in each layer so far
 
@@ -66,19 +65,14 @@ class CachedPolicy(BoundedPolicy):
         """From now on, count what the tokens of each page choose."""
         self._page_routing = page_routing
 
-    def recall(self, prefixes: Sequence[tuple[list[int], int]]) -> None:
-        """Find out which experts the next prefill's prompts have used so far."""
-        if self._page_routing is not None:
-            self._known = known_of(self._page_routing, prefixes)
-
-    def prefill(self, chunks: Sequence[Batch], kv: Sequence[LayerKV]) -> list[Tensor]:
+    def prefill(self, chunks: Sequence[Batch], kv: Sequence[LayerKV], prefixes: Sequence[Prefix] = ()) -> list[Tensor]:
         """Pass prompts through all blocks, with the host deciding; takes over from decode."""
         if self.decoding:
             assert self.decoder is not None
             self.decoding = False
             self.decoder.fetcher.drop()
             self.residency.read(self.directory)
-        known, self._known = self._known, None
+        known = None if self._page_routing is None else known_of(self._page_routing, prefixes)
         self.stream.begin(sum(len(chunk.tokens) for chunk in chunks), known)
         self._rows = [chunk.rows for chunk in chunks]
         return super().prefill(chunks, kv)

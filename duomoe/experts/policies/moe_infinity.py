@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from duomoe.experts.link import Link
+from duomoe.experts.page_routing import Prefix
 from duomoe.experts.policies.bounded import BoundedPolicy
 from duomoe.experts.predictor import Predictor
 from duomoe.experts.store import ExpertStore
@@ -30,12 +31,12 @@ class MoeInfinity(BoundedPolicy):
         self.used = torch.zeros(len(store.layers), store.num_experts)  # by the present request, how often
         self.library: list[Tensor] = []  # the same of earlier ones
 
-    def prefill(self, chunks: Sequence[Batch], kv: Sequence[LayerKV]) -> list[Tensor]:
+    def prefill(self, chunks: Sequence[Batch], kv: Sequence[LayerKV], prefixes: Sequence[Prefix] = ()) -> list[Tensor]:
         """Begin a request, or several that count as one."""
         if self.used.any():
             self.library = [*self.library, self.used][-REMEMBERED:]
             self.used = torch.zeros_like(self.used)
-        return super().prefill(chunks, kv)
+        return super().prefill(chunks, kv, prefixes)
 
     def experts(self, index: int, inputs: list[Tensor], routings: list[Routing]) -> list[Tensor]:
         """Compute the layer, and prefetch for the next one as soon as all of this one is on its way."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from duomoe.experts.compute import ExpertSum, LayerSum, worth_expanding
 from duomoe.experts.link import Traffic
+from duomoe.experts.page_routing import Prefix
 from duomoe.experts.store import ExpertStore
 from duomoe.models import Batch, LayerKV, Model, Routing
 
@@ -39,25 +40,19 @@ class Policy(ABC):
         # Experts are stored for the layers that have any: layer number -> number in the store.
         self.moe_index = {layer: index for index, layer in enumerate(model.config.moe_layers)}
 
-    def prefill(self, chunks: Sequence[Batch], kv: Sequence[LayerKV]) -> list[Tensor]:
+    def prefill(self, chunks: Sequence[Batch], kv: Sequence[LayerKV], prefixes: Sequence[Prefix] = ()) -> list[Tensor]:
         """Pass prompts through all blocks.
 
         Args:
             chunks: the tokens and where their keys go; a long pass is cut, so that what a layer needs for a moment
                 does not grow with the pass. All chunks go through a layer before any goes on.
             kv: each layer's pages.
+            prefixes: what of each prompt was computed before.
 
         Returns:
             The residual stream [tokens, hidden] of each chunk after the last block.
         """
         return self._walk(chunks, kv)
-
-    def recall(self, prefixes: Sequence[tuple[list[int], int]]) -> None:  # noqa: B027  # not all care what was before
-        """Called before a prefill with what is computed already of its prompts.
-
-        Args:
-            prefixes: for each prompt the pages that are, and how many tokens come behind them.
-        """
 
     def prepare_decode(self) -> None:  # noqa: B027
         """Called before each decode step; may wait for the device."""
