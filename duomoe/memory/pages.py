@@ -27,7 +27,8 @@ class PageKeys:
 
     def __init__(self, salt: bytes, known: Iterable[bytes] = ()) -> None:
         self._keys = list(known)
-        self._last = hashlib.blake2b(salt, digest_size=32).digest()
+        # By another function than pages, or a salt could be made that is the key of somebody's page.
+        self._last = hashlib.blake2b(salt, digest_size=32, person=b"salt").digest()
 
     def of(self, tokens: Sequence[int]) -> list[bytes]:
         """Return the keys of the full pages of all tokens so far, which begin as they did in the last call."""
@@ -89,9 +90,9 @@ class PagePool:
         """Return how many of some pages nobody holds: so many fewer are available once they are held."""
         return sum(self._holders[page] == 0 for page in pages)
 
-    def held_once(self, pages: Iterable[int]) -> int:
-        """Return how many of some pages have one holder: so many more are available once it gives them back."""
-        return sum(self._holders[page] == 1 for page in pages)
+    def holders(self, page: int) -> int:
+        """Return how many sequences hold a page."""
+        return self._holders[page]
 
     def hold(self, pages: Iterable[int]) -> None:
         """Add a holder to pages that have been found."""
