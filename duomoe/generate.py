@@ -113,10 +113,10 @@ def _grammar(args: argparse.Namespace) -> "Grammar | None":
     if args.json_object:
         return Grammar.json_object()
     if args.json_schema is not None:
-        return Grammar.json_schema(read_text(Path(args.json_schema)))
+        return Grammar.json_schema(read_text(Path(args.json_schema), piped=True))
     if args.regex is not None:
         return Grammar.regex(args.regex)
-    return None if args.grammar is None else Grammar.lark(read_text(Path(args.grammar)))
+    return None if args.grammar is None else Grammar.lark(read_text(Path(args.grammar), piped=True))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -217,7 +217,7 @@ def _read_prompt(args: argparse.Namespace) -> str | list[dict[str, Any]]:
     if args.messages is not None:
         return read_messages(Path(args.messages))
     if args.prompt_file is not None:
-        return read_text(Path(args.prompt_file))
+        return read_text(Path(args.prompt_file), piped=True)
     try:
         if args.prompt is not None:
             args.prompt.encode("utf-8")  # bytes on the command line that are no UTF-8 arrive as lone surrogates

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -91,8 +92,13 @@ def test_prompt_from_file_and_stdin(folder: Path, capsys: pytest.CaptureFixture[
     _, by_file, _ = run(capsys, *args, "--prompt-file", file)
     command = [sys.executable, "-m", "duomoe.generate", *map(str, args)]
     piped = subprocess.run(command, input=b"hello", capture_output=True, check=True)
-    results = [json.loads(out)["token_ids"] for out in (by_flag, by_file, piped.stdout)]
-    assert results[0] == results[1] == results[2]
+    os.mkfifo(tmp_path / "pipe")  # as a shell's <(…) and /dev/stdin are
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=["hello"])
+    writer.start()
+    _, by_pipe, _ = run(capsys, *args, "--prompt-file", tmp_path / "pipe")
+    writer.join()
+    results = [json.loads(out)["token_ids"] for out in (by_flag, by_file, by_pipe, piped.stdout)]
+    assert results[0] == results[1] == results[2] == results[3]
 
 
 def test_a_seed_repeats_and_another_differs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
