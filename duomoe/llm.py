@@ -107,15 +107,19 @@ class LLM:
         self._limit: weakref.finalize[..., LLM] | None = None
         if self.plan.device == "cuda":
             check_kernel_cache()
+        path = self.engine_config.engine_log
+        log = None if path is None else EngineLog(Path(path))
         try:
-            self._build(folder, prompts)
-        except torch.OutOfMemoryError:
-            raise InputError("the GPU's memory ran out while loading; lower --gpu-memory or free some") from None
-        except BaseException:
+            self._build(folder, prompts, log)
+        except BaseException as error:
+            if log is not None:
+                log.close()
+            if isinstance(error, torch.OutOfMemoryError):
+                raise InputError("the GPU's memory ran out while loading; lower --gpu-memory or free some") from None
             gc.collect()  # errors of threads hold what those had at hand in cycles
             raise
 
-    def _build(self, folder: ModelFolder, prompts: Sequence[int]) -> None:
+    def _build(self, folder: ModelFolder, prompts: Sequence[int], log: EngineLog | None) -> None:
         """Allocate what the plan says, load the weights, and put the engine together."""
         plan = self.plan
         device = self.engine_config.torch_device()
@@ -186,7 +190,6 @@ class LLM:
             eos=self.eos_token_ids,
         )
         assert decode_step.sequences.num_bytes == plan.sequences_bytes, "the rows of sequences are not as planned"
-        log = None if self.engine_config.engine_log is None else EngineLog(Path(self.engine_config.engine_log))
         self.engine = Engine(model, self.policy, cache, self.eos_token_ids, scheduler, decode_step, log)
         self._thread = EngineThread(self.engine)
         self.memory = {

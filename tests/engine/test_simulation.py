@@ -3,9 +3,10 @@
 import json
 import os
 import random
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -355,6 +356,68 @@ def test_tasks_come_in_the_order_of_their_arrival() -> None:
     assert firsts[1] < firsts[2] < firsts[0]
 
 
-def test_a_log_that_cannot_be_written_is_refused_at_once(tiny: Callable[..., Any], tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"--engine-log: .*No such file"):
-        LLM(tiny("mixtral").path, device="cpu", engine_log=tmp_path / "nowhere" / "log")
+@pytest.mark.parametrize("name", ["nowhere/log", "", ".", "fifo", "loop", "a\0b", "\ud800", "x" * 256, "/dev/full"])
+def test_a_log_that_cannot_be_written_is_refused_before_weights_are_loaded(
+    name: str, tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    monkeypatch.setattr("duomoe.llm.load_weights", lambda *_: 1 / 0)
+    with within_time(name), pytest.raises(InputError, match=r"--engine-log: ") as caught:
+        LLM(tiny("mixtral").path, device="cpu", engine_log=name and tmp_path / name)
+    assert str(caught.value).isprintable()
+
+
+def test_a_log_is_left_alone_or_let_go_where_loading_fails(
+    tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "log").write_text("the last one")
+    with pytest.raises(InputError):
+        LLM(tmp_path, device="cpu", engine_log=tmp_path / "log")
+    assert (tmp_path / "log").read_text() == "the last one"
+    monkeypatch.setattr("duomoe.llm.load_weights", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        LLM(tiny("mixtral").path, device="cpu", engine_log=tmp_path / "log")
+    assert str(tmp_path / "log") not in [os.path.realpath(each) for each in Path("/proc/self/fd").iterdir()]
+
+
+@pytest.mark.parametrize("action", ["error", "always"])
+def test_a_log_that_fails_ends_and_nothing_else_does(
+    action: Literal["error", "always"], tiny: Callable[..., Any], prompt_of: Callable[..., list[int]], tmp_path: Path
+) -> None:
+    params = SamplingParams(max_new_tokens=4, ignore_eos=True)
+    with LLM(tiny("qwen3_moe").path, device="cpu", engine_log=tmp_path / "log") as llm:
+        expected = llm.generate(prompt_of(5), params)[0].token_ids
+        lines = (tmp_path / "log").read_text().count("\n")
+        log = llm.engine.log
+        assert log is not None and log._file is not None
+        log._file.close()
+        full = Path("/dev/full").open("w", encoding="utf-8", buffering=1)  # noqa: SIM115 (it is the log's to close)
+        log._file = full
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter(action)
+            for _ in range(2):
+                assert llm.generate(prompt_of(5), params)[0].token_ids == expected
+            assert log._file is None and full.closed
+        said = [str(each.message) for each in caught]
+        assert said == (
+            [] if action == "error" else [f"--engine-log: {log.path}: No space left on device; the log ends"]
+        )
+    assert (tmp_path / "log").read_text().count("\n") == lines
+
+
+def test_who_fails_while_its_step_is_computed_is_no_longer_in_the_log(
+    tiny: Callable[..., Any], prompt_of: Callable[..., list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where tokens are handed over during the next step, as on a GPU."""
+    params = SamplingParams(max_new_tokens=6, ignore_eos=True)
+    with LLM(tiny("qwen3_moe").path, device="cpu", engine_log=tmp_path / "log") as llm:
+        llm.engine.overlaps = True
+        expected = llm.generate(prompt_of(9), params)[0].token_ids
+        streams = [llm.submit(prompt_of(length), params) for length in (5, 9)]
+        next(streams[1])
+        monkeypatch.setattr(streams[0]._request.stream, "push", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            list(streams[0])
+        assert [chunk.token_id for chunk in streams[1]] == expected[1:]
+    assert replay(tmp_path / "log").requests == 2
