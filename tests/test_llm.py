@@ -147,8 +147,8 @@ def test_a_model_that_is_closed_amid_a_call_says_so(name: str, llm: LLM, monkeyp
     monkeypatch.setattr("duomoe.engine.stream.PATIENCE", 0.01)
     check, closed = llm._thread.check, threading.Event()
 
-    def close() -> None:
-        check()
+    def close(**options: Any) -> None:
+        check(**options)
         if not closed.is_set():
             closed.set()
             closing = threading.Thread(target=llm.close)
