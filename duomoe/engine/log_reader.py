@@ -22,7 +22,8 @@ MOST_PAGES = 1 << 22
 # Of all sequences of a log together: a simulation takes 8 bytes for each, so half a GiB.
 MOST_TOKENS = 1 << 26
 
-# Three hundred years. With longer ones, sums of squares could leave what a float can say.
+# Three hundred years. Sums of longer times could leave what a float can say, and a clock that is no number never comes
+# to the next arrival.
 LATEST = 1e10  # seconds
 
 LARGEST_INT = 2**63 - 1

@@ -1,10 +1,12 @@
 """The simulation runs the scheduler as it is; a log of an engine is told again."""
 
+import contextlib
 import json
 import os
 import random
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +17,7 @@ from within_time import within_time
 
 from duomoe import LLM, SamplingParams
 from duomoe.engine.cost import Costs, Line
+from duomoe.engine.log_reader import read_log
 from duomoe.engine.scheduler import Limits, Scheduler
 from duomoe.engine.simulation import Simulated, replay, simulate
 from duomoe.errors import InputError
@@ -121,6 +124,43 @@ def test_a_log_is_told_again(
     assert 0 <= found.ttft_error < 10 and 0 <= found.step_error < 10  # what it is depends on the machine
     assert main([str(path)]) == 0
     assert "12 requests" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_whatever_happened_its_log_can_be_read(
+    overlaps: bool, tiny: Callable[..., Any], prompt_of: Callable[..., list[int]], tmp_path: Path
+) -> None:
+    """Callers in several threads, some of which leave; steps that fail; and so few pages that some give way."""
+    path = tmp_path / "log.jsonl"
+    with LLM(tiny("qwen3_moe").path, device="cpu", engine_log=path, max_batch=4, max_model_len=64) as llm:
+        llm.engine.overlaps = overlaps
+        taken = llm.engine.cache.pages.take(llm.engine.cache.pages.num_pages - 6)
+        read, steps = llm.engine.decode_step.read, iter(range(10**6))
+
+        def failing() -> Any:
+            if next(steps) % 17 == 11:
+                raise ZeroDivisionError
+            return read()
+
+        llm.engine.decode_step.read = failing  # type: ignore[method-assign]
+
+        def use(number: int) -> None:
+            params = SamplingParams(max_new_tokens=5 + number % 30, ignore_eos=True)
+            stream = llm.stream([*prompt_of(16), *prompt_of(1 + number % 13, seed=number)], params)
+            with contextlib.suppress(ZeroDivisionError):
+                for count, _ in enumerate(stream):
+                    if number % 5 == 0 and count == 3:
+                        break
+            stream.close()
+
+        with ThreadPoolExecutor(6) as pool:
+            list(pool.map(use, range(60)))
+        assert llm.stats().preemptions > 0
+        llm.engine.cache.pages.release(taken)
+    log = read_log(path)
+    assert len(log.requests) == 60 and all(request.ended is not None for request in log.requests)
+    assert {request.failed for request in log.requests} == {False, True}
+    assert replay(path).requests == sum(not request.failed for request in log.requests)
 
 
 def test_a_simulation_of_a_simulation_is_exact(tmp_path: Path) -> None:
