@@ -47,7 +47,7 @@ def read_messages(path: Path) -> list[dict[str, Any]]:
         InputError: when the file cannot be read, or holds no such list.
     """
     try:
-        found = json.loads(read_text(path))
+        found = json.loads(read_text(path, piped=True))
     except (ValueError, RecursionError) as error:
         if isinstance(error, InputError):
             raise

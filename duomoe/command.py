@@ -163,7 +163,7 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         InputError: when there are none, or a line is not what it should be.
     """
-    lines = [line for line in read_text(path).splitlines() if line.strip()]
+    lines = [line for line in read_text(path, piped=True).splitlines() if line.strip()]
     if not lines:
         raise InputError(f"{path}: no prompts in it")
     if path.suffix != ".jsonl":

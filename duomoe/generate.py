@@ -36,6 +36,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--chat", action="store_true", help="apply the checkpoint's chat template to the prompt")
     add_chat_options(p)
     p.add_argument("--json", action="store_true", help="print one JSON object instead of streaming text")
+    told = "with --json, tell log-probabilities of"
+    p.add_argument("--logprobs", type=int, metavar="N", help=f"{told} each token and of the N likeliest")
+    p.add_argument("--prompt-logprobs", type=int, metavar="N", help=f"{told} the prompt's tokens likewise")
     p.add_argument(
         "--verbose",
         action="store_true",
@@ -75,9 +78,6 @@ def add_sampling_options(p: argparse.ArgumentParser) -> None:
     )
     sampling.add_argument("--min-tokens", type=int, default=0, metavar="N", help="no end by a token before so many")
     sampling.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
-    told = "with --json, tell log-probabilities of"
-    sampling.add_argument("--logprobs", type=int, metavar="N", help=f"{told} each token and of the N likeliest")
-    sampling.add_argument("--prompt-logprobs", type=int, metavar="N", help=f"{told} the prompt's tokens likewise")
     grammar = sampling.add_mutually_exclusive_group()
     grammar.add_argument("--json-object", action="store_true", help="answer with a JSON object")
     grammar.add_argument("--json-schema", metavar="FILE", help="answer with JSON by this schema")
@@ -91,19 +91,25 @@ def sampling_params(args: argparse.Namespace) -> "SamplingParams":
 
     given = vars(args) | {
         "stop_token_ids": args.stop_token_id,
-        "logit_bias": dict(map(_bias, args.logit_bias)),
+        "logit_bias": _biases(args.logit_bias),
         "grammar": _grammar(args),
     }
     return SamplingParams(**{field.name: given[field.name] for field in fields(SamplingParams) if field.name in given})
 
 
-def _bias(text: str) -> tuple[int, float]:
-    """Return a token and what is added to its logit."""
-    token, _, bias = text.partition("=")
-    try:
-        return int(token), float(bias)
-    except ValueError:
-        raise InputError(f"--logit-bias is TOKEN=NUMBER, as 42=-5, got {text!r}") from None
+def _biases(texts: Sequence[str]) -> dict[int, float]:
+    """Return what is added to the logits of tokens."""
+    found: dict[int, float] = {}
+    for text in texts:
+        token, _, bias = text.partition("=")
+        try:
+            number, value = int(token), float(bias)
+        except ValueError:
+            raise InputError(f"--logit-bias is TOKEN=NUMBER, as 42=-5, got {text!r}") from None
+        if number in found:
+            raise InputError(f"--logit-bias is given twice for token {number}")
+        found[number] = value
+    return found
 
 
 def _grammar(args: argparse.Namespace) -> "Grammar | None":
@@ -113,10 +119,10 @@ def _grammar(args: argparse.Namespace) -> "Grammar | None":
     if args.json_object:
         return Grammar.json_object()
     if args.json_schema is not None:
-        return Grammar.json_schema(read_text(Path(args.json_schema)))
+        return Grammar.json_schema(read_text(Path(args.json_schema), piped=True))
     if args.regex is not None:
         return Grammar.regex(args.regex)
-    return None if args.grammar is None else Grammar.lark(read_text(Path(args.grammar)))
+    return None if args.grammar is None else Grammar.lark(read_text(Path(args.grammar), piped=True))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,6 +133,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    if not args.json and (args.logprobs is not None or args.prompt_logprobs is not None):
+        raise InputError("--logprobs and --prompt-logprobs are told in the object of --json; add it")
     prompt = _read_prompt(args)
     startup = Startup(quiet=not progress_is_visible())
     # Torch takes seconds to import: late, so that --help and a mistyped option answer at once.
@@ -217,7 +225,7 @@ def _read_prompt(args: argparse.Namespace) -> str | list[dict[str, Any]]:
     if args.messages is not None:
         return read_messages(Path(args.messages))
     if args.prompt_file is not None:
-        return read_text(Path(args.prompt_file))
+        return read_text(Path(args.prompt_file), piped=True)
     try:
         if args.prompt is not None:
             args.prompt.encode("utf-8")  # bytes on the command line that are no UTF-8 arrive as lone surrogates

@@ -105,17 +105,22 @@ class LLM:
         self._folder = folder
         self._compiler: GrammarCompiler | None = None
         self._limit: weakref.finalize[..., LLM] | None = None
+        self._engine: Engine | None = None  # until it is built, and when it is closed
         if self.plan.device == "cuda":
             check_kernel_cache()
+        path = self.engine_config.engine_log
+        log = None if path is None else EngineLog(Path(path))
         try:
-            self._build(folder, prompts)
-        except torch.OutOfMemoryError:
-            raise InputError("the GPU's memory ran out while loading; lower --gpu-memory or free some") from None
-        except BaseException:
+            self._build(folder, prompts, log)
+        except BaseException as error:
+            if log is not None:
+                log.close()
+            if isinstance(error, torch.OutOfMemoryError):
+                raise InputError("the GPU's memory ran out while loading; lower --gpu-memory or free some") from None
             gc.collect()  # errors of threads hold what those had at hand in cycles
             raise
 
-    def _build(self, folder: ModelFolder, prompts: Sequence[int]) -> None:
+    def _build(self, folder: ModelFolder, prompts: Sequence[int], log: EngineLog | None) -> None:
         """Allocate what the plan says, load the weights, and put the engine together."""
         plan = self.plan
         device = self.engine_config.torch_device()
@@ -159,9 +164,9 @@ class LLM:
         if device.type == "cuda":
             torch.cuda.empty_cache()  # what comparing the heads took is not to count beside what follows
 
-        self.policy: Policy
+        policy: Policy
         if resident:
-            self.policy = Resident(model, store, plan.expands_quantised)
+            policy = Resident(model, store, plan.expands_quantised)
         else:
             predictor = self._predictor(folder, model) if plan.policy in PREDICTED else None
             link = open_link(device, self.engine_config.pace())  # last, since it begins a thread
@@ -170,7 +175,7 @@ class LLM:
             if isinstance(bounded, CachedPolicy) and plan.page_routing_bytes:
                 shape = plan.num_pages, len(self.config.moe_layers), self.config.num_experts
                 bounded.keep_routing(PageRouting(*shape, device))
-            self.policy = bounded
+            policy = bounded
         self.policy_name = plan.policy
         self.max_model_len = plan.max_model_len
         cache = KVCache(self.config, plan.num_pages, device, plan.dtype)
@@ -178,7 +183,7 @@ class LLM:
         scheduler: Scheduler[Request] = Scheduler(cache.pages, Limits(plan.max_batch, plan.pass_tokens))
         decode_step = DecodeStep(
             model,
-            self.policy,
+            policy,
             cache,
             plan.max_batch,
             plan.max_model_len,
@@ -186,9 +191,8 @@ class LLM:
             eos=self.eos_token_ids,
         )
         assert decode_step.sequences.num_bytes == plan.sequences_bytes, "the rows of sequences are not as planned"
-        log = None if self.engine_config.engine_log is None else EngineLog(Path(self.engine_config.engine_log))
-        self.engine = Engine(model, self.policy, cache, self.eos_token_ids, scheduler, decode_step, log)
-        self._thread = EngineThread(self.engine)
+        engine = self._engine = Engine(model, policy, cache, self.eos_token_ids, scheduler, decode_step, log)
+        self._thread = EngineThread(engine)
         self.memory = {
             "weights_bytes": model.num_bytes,  # less than planned where the head turned out to be the embedding
             "expert_slots_bytes": plan.slot_bytes,
@@ -217,22 +221,43 @@ class LLM:
         self._limit = weakref.finalize(self, _lift_limit, os.getpid())
         self._limit.atexit = False
 
+    @property
+    def engine(self) -> Engine:
+        """What runs requests; only its own thread may touch it while it has work.
+
+        Raises:
+            RuntimeError: when the model is closed.
+        """
+        engine = self._engine
+        if engine is None:
+            raise RuntimeError("this model is closed")
+        return engine
+
+    @property
+    def policy(self) -> Policy:
+        """What runs the blocks with their experts; raises as `engine`."""
+        return self.engine.policy
+
     def prepare(self, params: SamplingParams) -> None:
         """Compile and capture what the decode steps of a request with such parameters need on a GPU.
 
         A request does so when it is missing, before its first token. Done ahead, it does not wait for that.
+
+        Raises:
+            RuntimeError: as `stream`.
         """
+        checked = _checked(params)
         with self.startup.part("capturing"):
-            self._thread.call(lambda engine: engine.prepare(1, [params]))
+            self._thread.call(lambda engine: engine.prepare(1, [checked]))
 
     def close(self) -> None:
         """End the model: its thread, its requests (with errors), and its hold on memory.
 
-        A model that nobody holds any more, nor a stream of it, ends by itself; `with LLM(…) as llm` closes it, too.
+        A model that nobody holds any more, nor a stream of it, ends by itself; `with LLM(…) as llm` closes it, too. In
+        one of this package's own threads, as by a destructor, it does not wait for the end.
         """
         self._thread.close()
-        for attribute in ("engine", "policy"):
-            self.__dict__.pop(attribute, None)
+        self._engine = None
         if self._limit is not None:
             self._limit()
         gc.collect()  # what is left are cycles, which hold memory of the GPU
@@ -261,18 +286,19 @@ class LLM:
             A completion for each prompt, in order.
 
         Raises:
-            InputError: when a prompt is empty or too long, or there are not as many parameters as prompts, before
-                anything is generated.
+            InputError: when a prompt is empty or too long, there are not as many parameters as prompts, or an argument
+                is of another type, before anything is generated.
+            RuntimeError: as `stream`.
         """
         if not isinstance(prompts, str | list | tuple):
             raise InputError(f"prompts are strings or lists of token ids, not {type(prompts).__name__}")
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         each: Sequence[Prompt] = [prompts] if single else prompts
-        of_each = [params or SamplingParams()] * len(each) if not isinstance(params, Sequence) else params
+        of_each = params if isinstance(params, Sequence) else [_checked(params)] * len(each)
         if len(of_each) != len(each):
             raise InputError(f"there are {len(of_each)} parameters for {len(each)} prompts; give one, or one for each")
         # All are checked before any is begun.
-        requests = [self._request(prompt, own, salt) for prompt, own in zip(each, of_each, strict=True)]
+        requests = [self._request(prompt, _checked(own), salt) for prompt, own in zip(each, of_each, strict=True)]
         streams = submit_all(self._thread, requests)
         try:
             found = [chunk.completion for stream in streams for chunk in stream if chunk.completion]
@@ -302,10 +328,11 @@ class LLM:
             shown: special tokens that are part of the text all the same, as those that an `OutputParser` looks for.
 
         Raises:
-            InputError: when the prompt is empty or too long.
-            RuntimeError: when the model is closed, or this process was forked from the one that has loaded it.
+            InputError: when the prompt is empty or too long, or an argument is of another type.
+            RuntimeError: when the model is closed, also by another thread meanwhile; when this process was forked from
+                the one that has loaded it; when the engine's own thread calls, which cannot wait for itself.
         """
-        (stream,) = submit_all(self._thread, [self._request(prompt, params or SamplingParams(), salt, shown)])
+        (stream,) = submit_all(self._thread, [self._request(prompt, _checked(params), salt, shown)])
         return stream
 
     submit = stream  # as one says with asyncio, where it is read by `async for`
@@ -339,6 +366,7 @@ class LLM:
         Raises:
             RuntimeError: when it does not, as a GPU after some faults; and as `check`.
         """
+        self._thread.check()
         if self.plan.device == "cuda":
             self._thread.call(lambda engine: torch.cuda.synchronize(engine.model.device))
 
@@ -365,7 +393,12 @@ class LLM:
         Args:
             prompt: what `chat_tokens` returned; it may have opened the reasoning already.
             tools: as given to `chat_tokens`; without them, an answer has no calls.
+
+        Raises:
+            InputError: when the prompt is not a list of token ids.
         """
+        if not isinstance(prompt, list | tuple):
+            raise InputError(f"a prompt is a list of token ids here, not {type(prompt).__name__}")
         return self._chat.output_parser(prompt, tools)
 
     @cached_property
@@ -392,7 +425,7 @@ class LLM:
 
     def chat_params(self, params: SamplingParams | None = None) -> SamplingParams:
         """Return parameters with which an answer in a chat ends at `chat_stop`, too."""
-        given = params or SamplingParams()
+        given = _checked(params)
         return replace(given, stop=(*given.stop, *self.chat_stop))
 
     def chat_tokens(
@@ -416,6 +449,10 @@ class LLM:
         return self._chat.tokens(messages, tools, template_kwargs, limit=self.max_model_len)
 
     def _request(self, prompt: Prompt, params: SamplingParams, salt: bytes = b"", shown: Sequence[str] = ()) -> Request:
+        if not isinstance(salt, bytes):
+            raise InputError(f"a salt is bytes, not {type(salt).__name__}")
+        if not isinstance(shown, list | tuple) or not all(isinstance(text, str) for text in shown):
+            raise InputError("the special tokens to be shown are a list of texts")
         if params.stop and self.tokenizer is None:
             raise InputError("--stop needs a tokenizer, and this checkpoint has no tokenizer.json")
         for token in (*params.stop_token_ids, *(params.logit_bias or {})):
@@ -469,6 +506,13 @@ class LLM:
                 f"the prompt has {len(tokens)} tokens; prompt and answer may have {self.max_model_len} tokens"
             )
         return tokens
+
+
+def _checked(params: SamplingParams | None) -> SamplingParams:
+    """Return a request's parameters, greedy where there are none."""
+    if params is not None and not isinstance(params, SamplingParams):
+        raise InputError(f"parameters are SamplingParams, not {type(params).__name__}")
+    return SamplingParams() if params is None else params
 
 
 def _lift_limit(process: int) -> None:

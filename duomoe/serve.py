@@ -110,7 +110,7 @@ def _keys(args: argparse.Namespace) -> list[str]:
     """Return the keys that clients may have, from wherever they are stated."""
     keys = [args.api_key if args.api_key is not None else os.environ.get(KEY_VARIABLE)]
     if args.api_key_file is not None:
-        lines = [line.strip() for line in read_text(Path(args.api_key_file)).splitlines()]
+        lines = [line.strip() for line in read_text(Path(args.api_key_file), piped=True).splitlines()]
         keys += [line for line in lines if line]
         if len(keys) == 1:
             raise InputError(f"{args.api_key_file}: no keys in it; write one a line")

@@ -48,6 +48,14 @@ def test_what_fails_does_not_end_the_chat(capsys: pytest.CaptureFixture[str], mo
     assert code == 2 and "KEY=VALUE" in err
 
 
+@pytest.mark.parametrize("flag", ["--logprobs", "--prompt-logprobs"])
+def test_a_chat_tells_no_log_probabilities(
+    flag: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, err = talk(capsys, monkeypatch, "a\n", flag, "2")
+    assert code == 2 and out == "" and flag in err and err.count("\n") == 1
+
+
 def test_an_interrupt_ends_the_answer_and_not_the_chat(
     llm: LLM, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,10 +6,8 @@ Cases follow from SEED and their number, so one that fails is made again by its 
 import json
 import random
 import shutil
-import signal
 import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from within_time import within_time
 
 from duomoe import InputError, generate, plan, trace, train_predictor
 from duomoe.checkpoint import Checkpoint, read_header
@@ -31,9 +30,6 @@ from duomoe.models import Model, architecture_of
 from duomoe.models.rope import Rotary
 
 SEED = 17
-
-# A case that takes longer hangs: the slowest take some tens of milliseconds.
-LONGEST_CASE = 30
 
 VALUES: list[Any] = [
     *(None, True, False, 0, 1, -1, 2, 3, 4, 7, 64, 128, 10_000, 2**31 - 1, 2**31, 2**63, 10**30, 10**400),
@@ -52,24 +48,6 @@ QUANTIZATION_KEYS = (
     *("weight_block_size", "activation_scheme", "fmt", "config_groups", "ignore", "dynamic", "w_bit", "q_group_size"),
 )
 METHODS = ("fp8", "awq", "gptq", "compressed-tensors")
-
-
-class Hangs(BaseException):
-    """No Exception, and so nothing that the code under test may take for an error of its own."""
-
-
-@contextmanager
-def within_time(case: str) -> Iterator[None]:
-    def stop(*_: object) -> None:
-        raise Hangs(case)
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(LONGEST_CASE)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def survives(number: int, kind: str, case: Callable[[random.Random], Any]) -> bool:

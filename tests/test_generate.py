@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,9 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from duomoe.generate import main
+from duomoe import LLM, SamplingParams, chat
+from duomoe.generate import main, parser, sampling_params
+from duomoe.grammar import Grammar
 
 
 def write_tokenizer(folder: Path, **config: Any) -> None:
@@ -91,8 +95,13 @@ def test_prompt_from_file_and_stdin(folder: Path, capsys: pytest.CaptureFixture[
     _, by_file, _ = run(capsys, *args, "--prompt-file", file)
     command = [sys.executable, "-m", "duomoe.generate", *map(str, args)]
     piped = subprocess.run(command, input=b"hello", capture_output=True, check=True)
-    results = [json.loads(out)["token_ids"] for out in (by_flag, by_file, piped.stdout)]
-    assert results[0] == results[1] == results[2]
+    os.mkfifo(tmp_path / "pipe")  # as a shell's <(…) and /dev/stdin are
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=["hello"])
+    writer.start()
+    _, by_pipe, _ = run(capsys, *args, "--prompt-file", tmp_path / "pipe")
+    writer.join()
+    results = [json.loads(out)["token_ids"] for out in (by_flag, by_file, by_pipe, piped.stdout)]
+    assert results[0] == results[1] == results[2] == results[3]
 
 
 def test_a_seed_repeats_and_another_differs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -223,6 +232,9 @@ def test_a_bad_chat_template(folder: Path, capsys: pytest.CaptureFixture[str], t
         (["--prompt-file", "/nonexistent/file"], "/nonexistent/file"),
         (["--prompt", "a", "--frobnicate"], "--frobnicate"),
         (["--prompt", "\udcff"], "UTF-8"),
+        (["--prompt", "a", "--logprobs", "2"], "--json"),
+        (["--prompt", "a", "--prompt-logprobs", "0"], "--json"),
+        (["--prompt", "a", "--logit-bias", "5=1", "--logit-bias", "05=1"], "--logit-bias"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -353,3 +365,83 @@ def test_sampling_flags_reach_the_tokens(tmp_path: Path, capsys: pytest.CaptureF
     for flags in (["--logit-bias", "5"], ["--json-schema", "nowhere"], ["--regex", "("], ["--logprobs", "21"]):
         assert main([*base, *flags]) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+FLAGS: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "max new tokens": (["--max-new-tokens", "9"], {"max_new_tokens": 9}),
+    "temperature": (["--temperature", "0.5"], {"temperature": 0.5}),
+    "top-k": (["--top-k", "3"], {"top_k": 3}),
+    "top-p": (["--top-p", "0.9"], {"top_p": 0.9}),
+    "min-p": (["--min-p", "0.1"], {"min_p": 0.1}),
+    "repetition": (["--repetition-penalty", "1.3"], {"repetition_penalty": 1.3}),
+    "presence": (["--presence-penalty", "-0.5"], {"presence_penalty": -0.5}),
+    "frequency": (["--frequency-penalty", "0.25"], {"frequency_penalty": 0.25}),
+    "bias": (["--logit-bias", "5=-100", "--logit-bias", "6=.5"], {"logit_bias": {5: -100.0, 6: 0.5}}),
+    "seed": (["--seed", "7"], {"seed": 7}),
+    "stop": (["--stop", "a", "--stop", "b"], {"stop": ("a", "b")}),
+    "stop tokens": (["--stop-token-id", "1", "--stop-token-id", "2"], {"stop_token_ids": (1, 2)}),
+    "min tokens": (["--min-tokens", "4"], {"min_tokens": 4}),
+    "ignore eos": (["--ignore-eos"], {"ignore_eos": True}),
+    "object": (["--json-object"], {"grammar": Grammar.json_object()}),
+    "schema": (["--json-schema", "schema"], {"grammar": Grammar.json_schema('{"enum": [5]}')}),
+    "regex": (["--regex", "a+"], {"grammar": Grammar.regex("a+")}),
+    "grammar": (["--grammar", "grammar"], {"grammar": Grammar.lark('start: "a"')}),
+}
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+@pytest.mark.parametrize("name", FLAGS)
+def test_each_sampling_flag_is_its_parameter(
+    name: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("schema").write_text('{"enum": [5]}')
+    Path("grammar").write_text('start: "a"')
+    flags, expected = FLAGS[name]
+    grammar = parser() if command == "generate" else chat.parser()
+    found = sampling_params(grammar.parse_args(flags))
+    assert found == SamplingParams(**{"logit_bias": {}} | expected) != SamplingParams(logit_bias={})
+
+
+def test_every_sampling_flag_has_a_test() -> None:
+    tested = {flag for flags, _ in FLAGS.values() for flag in flags}
+    (group,) = (each for each in parser()._action_groups if each.title == "sampling")
+    assert {action.option_strings[0] for action in group._group_actions} <= tested
+
+
+def test_answers_follow_grammars_of_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "grammar").write_text('start: "<" /[a-z]{3}/ ">"')
+    base = ["--prompt", "The sea", "--device", "cpu", "--json", "--max-new-tokens", "200", "--temperature", "1"]
+    for flags, pattern in (
+        (["--json-object", "--seed", "3"], r"\s*\{[\s\S]*\}\s*"),
+        (["--grammar", str(tmp_path / "grammar")], "<[a-z]{3}>"),
+    ):
+        assert main([*base, *flags]) == 0
+        answer = json.loads(capsys.readouterr().out)
+        assert answer["finish_reason"] == "stop" and re.fullmatch(pattern, answer["text"]), answer["text"]
+        if "--json-object" in flags:
+            assert isinstance(json.loads(answer["text"]), dict)
+    for flags in (["--grammar", "nowhere"], ["--grammar", str(tmp_path)], ["--json-object", "--regex", "a"]):
+        assert main([*base, *flags]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    (tmp_path / "grammar").write_text("start: (")
+    assert main([*base, "--grammar", str(tmp_path / "grammar")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "params"),
+    [
+        (["--repetition-penalty", "1.7"], SamplingParams(max_new_tokens=20, repetition_penalty=1.7)),
+        (["--presence-penalty", "2"], SamplingParams(max_new_tokens=20, presence_penalty=2)),
+        (["--frequency-penalty", "2"], SamplingParams(max_new_tokens=20, frequency_penalty=2)),
+    ],
+)
+def test_penalties_of_the_command_line_change_the_answer(
+    flags: list[str], params: SamplingParams, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with LLM(folder, device="cpu") as llm:
+        plain, changed = llm.generate(["hello"] * 2, [SamplingParams(max_new_tokens=20), params])
+    assert plain.token_ids != changed.token_ids
+    args = ("--model", folder, "--prompt", "hello", "--device", "cpu", "--json", "--max-new-tokens", 20)
+    assert json.loads(run(capsys, *args, *flags)[1])["token_ids"] == changed.token_ids

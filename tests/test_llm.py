@@ -2,12 +2,15 @@
 
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
+from within_time import LONGEST_CASE, within_time
 
 from duomoe import LLM, EngineConfig, InputError, SamplingParams
 
@@ -91,6 +94,115 @@ def test_prompts_are_checked_before_anything_runs(llm: LLM, prompt_of: Callable[
         with pytest.raises(InputError):
             llm.generate(prompts)  # type: ignore[arg-type]
     assert llm.generate([]) == []
+
+
+def test_what_goes_with_a_prompt_is_checked(llm: LLM, prompt_of: Callable[..., list[int]]) -> None:
+    prompt, params = prompt_of(3), SamplingParams(max_new_tokens=1)
+    for salt in ("text", "\ud800", 5, None, [1], bytearray(b"a"), memoryview(b"abc")[::2]):
+        for use in (llm.generate, llm.stream):
+            with pytest.raises(InputError, match="salt"):
+                use(prompt, params, salt=salt)  # type: ignore[operator]
+    for bad in (5, "x", {}, {"a": 1}, [], 0, b"", [params, 5], [5, 5]):
+        with pytest.raises(InputError, match="parameters"):
+            llm.generate([prompt, prompt], bad)  # type: ignore[arg-type]
+    for bad in (5, "x", {}, [], 0, [params]):
+        for ask in (lambda bad: llm.stream(prompt, bad), llm.chat_params, llm.prepare):
+            with pytest.raises(InputError, match="parameters"):
+                ask(bad)
+    for shown in (5, "x", [5], None, [b"x"]):
+        with pytest.raises(InputError, match="shown"):
+            llm.stream(prompt, params, shown=shown)  # type: ignore[arg-type]
+    for prompt in (None, 5, "text", [5.5], ["a"], {"a": 1}):  # type: ignore[assignment]
+        with pytest.raises(InputError):
+            llm.output_parser(prompt)
+    assert used_pages(llm) == 0 and len(llm.generate(prompt_of(3), params, salt=b"a")[0].token_ids) == 1
+
+
+# What needs the engine, by the name of the call.
+CALLS: dict[str, Callable[[LLM], object]] = {
+    "generate": lambda llm: llm.generate([1, 2, 3], SamplingParams(max_new_tokens=2)),
+    "stream": lambda llm: list(llm.stream([1, 2, 3], SamplingParams(max_new_tokens=2))),
+    "logits": lambda llm: llm.logits([1, 2, 3]),
+    "prepare": lambda llm: llm.prepare(SamplingParams()),
+    "check": lambda llm: llm.check(),
+    "check_device": lambda llm: llm.check_device(),
+    "stats": lambda llm: llm.stats(),
+    "engine": lambda llm: llm.engine,
+    "policy": lambda llm: llm.policy,
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_closed_model_says_that_it_is(name: str, llm: LLM) -> None:
+    llm.close()
+    llm.close()
+    with within_time(name), pytest.raises(RuntimeError, match="this model is closed"):
+        CALLS[name](llm)
+
+
+@pytest.mark.parametrize("name", CALLS.keys() - {"check", "check_device", "engine", "policy"})
+def test_a_model_that_is_closed_amid_a_call_says_so(name: str, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread closes it right behind the check whether it runs."""
+    monkeypatch.setattr("duomoe.engine.thread.PATIENCE", 0.01)
+    monkeypatch.setattr("duomoe.engine.stream.PATIENCE", 0.01)
+    check, closed = llm._thread.check, threading.Event()
+
+    def close(**options: Any) -> None:
+        check(**options)
+        if not closed.is_set():
+            closed.set()
+            closing = threading.Thread(target=llm.close)
+            closing.start()
+            closing.join()
+
+    monkeypatch.setattr(llm._thread, "check", close)
+    with within_time(name), pytest.raises(RuntimeError, match="closed"):
+        CALLS[name](llm)
+    assert closed.is_set()
+
+
+def test_calls_that_race_with_several_closes(tiny: Callable[..., Any]) -> None:
+    def use(llm: LLM, name: str) -> None:
+        with pytest.raises(RuntimeError, match="closed"):
+            deadline = time.monotonic() + LONGEST_CASE
+            while time.monotonic() < deadline:
+                CALLS[name](llm)
+
+    for _ in range(3):
+        llm = LLM(tiny("qwen3_moe").path, device="cpu", max_batch=2)
+        with ThreadPoolExecutor(len(CALLS) + 2) as pool:
+            used = [pool.submit(use, llm, name) for name in CALLS]
+            llm.generate([1, 2, 3], SamplingParams(max_new_tokens=2))
+            closed = [pool.submit(llm.close) for _ in range(2)]
+            for each in (*used, *closed):
+                each.result()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_the_engine_itself_asks_for_is_there_or_refused(name: str, llm: LLM) -> None:
+    """In its own thread, as an observer or a destructor may: nothing waits for itself."""
+    with within_time(name):
+        try:
+            llm._thread.call(lambda _: CALLS[name](llm))
+        except RuntimeError as error:
+            assert str(error) == "what the engine itself calls cannot wait for the engine"
+    assert len(llm.generate([1, 2, 3], SamplingParams(max_new_tokens=2))[0].token_ids) == 2
+
+
+def test_a_stream_that_the_engine_itself_reads_ends(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("duomoe.engine.stream.PATIENCE", 0.01)
+    stream = llm.stream([1, 2, 3], SamplingParams(max_new_tokens=200, ignore_eos=True))
+    with within_time("itself"), pytest.raises(RuntimeError, match="cannot wait for the engine"):
+        llm._thread.call(lambda _: list(stream))
+    assert list(stream) == [] and used_pages(llm) == 0
+
+
+def test_the_engine_itself_may_close(llm: LLM) -> None:
+    with within_time("close"):
+        llm._thread.call(lambda _: llm.close())
+        llm.close()
+    with pytest.raises(RuntimeError, match="this model is closed"):
+        llm.generate([1])
 
 
 def test_a_request_longer_than_planned_is_refused(tiny: Callable[..., Any]) -> None:

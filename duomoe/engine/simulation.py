@@ -1,19 +1,17 @@
 """A simulation of the engine: the scheduler as it is, over a clock and costs instead of a model."""
 
-import json
 import statistics
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from duomoe.engine.cost import Costs
-from duomoe.engine.scheduler import Limits, Scheduler
+from duomoe.engine.log_reader import LoggedRequest, Work, read_log
+from duomoe.engine.scheduler import Scheduler
 from duomoe.engine.task import Task
 from duomoe.errors import InputError
 from duomoe.memory.pages import PageKeys, PagePool
-from duomoe.text_file import read_text
 
 
 @dataclass(eq=False, kw_only=True)
@@ -33,15 +31,18 @@ def simulate(arrivals: Iterable[Simulated], scheduler: Scheduler[Simulated], cos
     """Let tasks run until all have ended, and note in each when it got its tokens.
 
     Args:
-        arrivals: in order of `arrived`.
+        arrivals: in any order; each fits in the scheduler's pages.
         scheduler: an empty one.
         costs: what passes and steps take; the scheduler is given the same.
 
     Returns:
         How many decisions that took.
+
+    Raises:
+        InputError: when there is never room for one of them.
     """
     scheduler.costs = costs
-    coming = deque(arrivals)
+    coming = deque(sorted(arrivals, key=lambda task: task.arrived))
     now, decisions = 0.0, 0
     while coming or scheduler.waiting or scheduler.running:
         if not scheduler.waiting and not scheduler.running:
@@ -54,6 +55,8 @@ def simulate(arrivals: Iterable[Simulated], scheduler: Scheduler[Simulated], cos
             now = min([decision.until] + [task.arrived for task in list(coming)[:1]])
             continue
         advancing = decision.admitted or decision.decoding
+        if not advancing:
+            raise InputError("there is never room for what waits: it needs more pages, or a batch of at least 1")
         if decision.admitted:
             now += costs.prefill.at(sum(task.length - task.computed for task in advancing))
         else:
@@ -103,79 +106,41 @@ def replay(path: Path) -> Replay:
     Raises:
         InputError: when the file is no engine's log, or no request has ended in it.
     """
-    begin, events = _read(path)
-    costs, pass_errors, step_errors = _learn(events)
-    ends = {event["id"]: event for event in events if event["event"] == "end"}
-    firsts: dict[int, float] = {}
-    for event in events:
-        if event["event"] == "prefill":
-            for number in event["ids"]:
-                firsts.setdefault(number, event["at"] + event["seconds"])
-    arrivals = [event for event in events if event["event"] == "arrive" and event["id"] in ends]
-    tasks = {event["id"]: _task(event, ends[event["id"]]) for event in arrivals}
-    limits = Limits(begin["max_batch"], begin["pass_tokens"])
-    decisions = simulate(tasks.values(), Scheduler(PagePool(begin["pages"]), limits), costs)
+    log = read_log(path)
+    costs, pass_errors, step_errors = _learn(log.work)
+    ended = [(request, _task(request)) for request in log.requests if request.ended is not None]
+    decisions = simulate((task for _, task in ended), Scheduler(PagePool(log.pages), log.limits), costs)
     ttft, e2e = [], []
-    for number, task in tasks.items():
-        if number in firsts and not ends[number]["failed"]:
+    for request, task in ended:
+        if request.first_token is not None and request.ended is not None and not request.failed:
             assert task.first_token is not None and task.ended is not None, "what is simulated ends"
-            ttft.append(_error(task.first_token - task.arrived, firsts[number] - task.arrived))
-            e2e.append(_error(task.ended - task.arrived, ends[number]["at"] - task.arrived))
+            ttft.append(_error(task.first_token - task.arrived, request.first_token - task.arrived))
+            e2e.append(_error(task.ended - task.arrived, request.ended - task.arrived))
     if not e2e:
         raise InputError(f"{path}: no request has ended in this log")
     return Replay(len(e2e), decisions, *map(_median, (pass_errors, step_errors, ttft, e2e)))
 
 
-def _learn(events: list[dict[str, Any]]) -> tuple[Costs, list[float], list[float]]:
+def _learn(work: Iterable[Work]) -> tuple[Costs, list[float], list[float]]:
     """Return the costs that a log shows, and how far each pass and each step was from those before it."""
     costs = Costs()
-    errors: dict[str, list[float]] = {"prefill": [], "decode": []}
-    for event in events:
-        kind = event["event"]
-        if kind in errors:
-            line = costs.prefill if kind == "prefill" else costs.decode
-            if line.count > 0:
-                errors[kind].append(_error(line.at(event["tokens"]), event["seconds"]))
-            line.note(event["tokens"], event["seconds"])
-    return costs, errors["prefill"], errors["decode"]
+    pass_errors: list[float] = []
+    step_errors: list[float] = []
+    for each in work:
+        line, errors = (costs.prefill, pass_errors) if each.prefill else (costs.decode, step_errors)
+        if line.count > 0:
+            errors.append(_error(line.at(each.tokens), each.seconds))
+        line.note(each.tokens, each.seconds)
+    return costs, pass_errors, step_errors
 
 
-# What an event of each kind has to say.
-SCHEMA: dict[str, dict[str, Any]] = {
-    "begin": {"pages": int, "max_batch": int, "pass_tokens": int},
-    "arrive": {"id": int, "at": float, "tokens": int},
-    "prefill": {"ids": list, "at": float, "seconds": float, "tokens": int},
-    "decode": {"ids": list, "at": float, "seconds": float, "tokens": int},
-    "end": {"id": int, "at": float, "tokens": int, "failed": bool},
-}
-
-
-def _read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return the log's beginning, and the events behind it."""
-    events = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
-        try:
-            event = json.loads(line)
-            whole = all(isinstance(event[name], kind) for name, kind in SCHEMA[event["event"]].items())
-            keys = event.get("keys") or []
-            known = all(isinstance(key, str) and bytes.fromhex(key) for key in keys)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            whole = known = False
-        if not whole or not known or (event["event"] == "begin") != (number == 1):
-            raise InputError(f"{path}: line {number} is not that of an engine's log")
-        events.append(event)
-    if not events:
-        raise InputError(f"{path}: an engine's log is not empty")
-    return events[0], events[1:]
-
-
-def _task(arrival: dict[str, Any], end: dict[str, Any]) -> Simulated:
-    keys = arrival.get("keys")
+def _task(request: LoggedRequest) -> Simulated:
+    keys = request.keys
     return Simulated(
-        tokens=[0] * arrival["tokens"],
-        keys=None if keys is None else PageKeys(str(arrival["id"]).encode(), map(bytes.fromhex, keys)),
-        arrived=arrival["at"],
-        longest=max(arrival["tokens"] + 1, end["tokens"]),
+        tokens=[0] * request.prompt,
+        keys=None if keys is None else PageKeys(str(request.number).encode(), keys),
+        arrived=request.arrived,
+        longest=max(request.prompt + 1, request.length),
     )
 
 

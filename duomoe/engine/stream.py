@@ -77,7 +77,7 @@ class Stream:
             try:
                 self._thread.check()
             except RuntimeError:
-                self._ended = True
+                self.close()  # where it is the engine itself that reads, the request would go on
                 raise
 
     def _take(self, event: Event) -> Chunk:

@@ -14,8 +14,12 @@ from hypothesis import strategies as st
 from servers import NAME, InProcess
 
 from duomoe import LLM
+from duomoe.engine.completion import Chunk, Completion
+from duomoe.engine.completion import Metrics as Timing
+from duomoe.experts.link import Traffic
 from duomoe.server.errors import ApiError
 from duomoe.server.fields import parse_object
+from duomoe.server.metrics import Metrics, Watch
 from duomoe.server.protocol import ACCEPTED, NEUTRAL, parse_chat, parse_completion
 from duomoe.server.service import Limits
 
@@ -96,6 +100,9 @@ def test_metrics_count_what_was_done(llm: LLM) -> None:
     assert found["vllm:time_to_first_token_seconds_count{}"] == 4
     assert found["vllm:inter_token_latency_seconds_count{}"] == 16
     assert found["vllm:e2e_request_latency_seconds_count{}"] == 4
+    assert found["vllm:request_queue_time_seconds_count{}"] == 4
+    queued, first = (found[f"vllm:{name}_seconds_sum{{}}"] for name in ("request_queue_time", "time_to_first_token"))
+    assert 0 < queued < first  # a sequence is computed once it has left the queue
     assert found['duomoe:requests_refused_total{status="400"}'] == 1
     assert found["vllm:num_requests_running{}"] == found["vllm:num_requests_waiting{}"] == 0
     assert found["vllm:kv_cache_usage_perc{}"] == 0
@@ -117,6 +124,21 @@ def test_documents_name_metrics_that_are_there(llm: LLM) -> None:
     told = set(re.findall(r"(?:vllm|duomoe):\w+", (docs / "serving.md").read_text()))
     families = {re.sub("_(total|bucket|count|sum|created)$", "", name) for name in exposed}
     assert told == families
+    assert {name for name in families if name.startswith("vllm:") and name.endswith("_seconds")} <= {
+        name.removesuffix("_bucket") for name in named
+    }
+
+
+def test_the_queue_time_is_the_engines() -> None:
+    metrics = Metrics("a")
+    watch = Watch(metrics)
+    watch.submitted(prompt_tokens=3, choices=1)
+    for queue_s in (1.25, 0.5):
+        timing = Timing(3, 0, queue_s=queue_s, ttft_s=2.0, tpot_s=None, e2e_s=2.0, experts=Traffic())
+        watch.take(0, [Chunk("a", 1, Completion("a", [1], "length", timing))])
+    found = samples(metrics.exposition(None).decode())
+    assert found["vllm:request_queue_time_seconds_sum{}"] == 1.75
+    assert found["vllm:request_queue_time_seconds_count{}"] == 2
 
 
 def test_metrics_do_not_wait_for_a_step(llm: LLM) -> None:
