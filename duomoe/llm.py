@@ -358,7 +358,7 @@ class LLM:
         Raises:
             RuntimeError: when the model is closed, its thread has ended, or it was loaded in another process.
         """
-        self._thread.check()
+        self._thread.check(waits=False)
 
     def check_device(self) -> None:
         """Raise unless the device still computes; waits for a step that goes on.
@@ -382,9 +382,9 @@ class LLM:
         """Return what is under way and what was done so far; never waits, in whatever thread.
 
         Raises:
-            RuntimeError: as `stream`.
+            RuntimeError: as `check`.
         """
-        self._thread.check()
+        self._thread.check(waits=False)
         return self.engine.stats()
 
     def output_parser(self, prompt: Sequence[int], tools: Sequence[Mapping[str, Any]] | None = None) -> OutputParser:

@@ -140,7 +140,7 @@ def test_a_closed_model_says_that_it_is(name: str, llm: LLM) -> None:
         CALLS[name](llm)
 
 
-@pytest.mark.parametrize("name", CALLS.keys() - {"check", "check_device", "engine", "policy"})
+@pytest.mark.parametrize("name", sorted(CALLS.keys() - {"check", "check_device", "engine", "policy"}))
 def test_a_model_that_is_closed_amid_a_call_says_so(name: str, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another thread closes it right behind the check whether it runs."""
     monkeypatch.setattr("duomoe.engine.thread.PATIENCE", 0.01)

@@ -19,6 +19,7 @@ from typing import TypeVar
 import torch
 
 from duomoe.engine.engine import Engine
+from duomoe.own_threads import is_own_thread, mark_thread
 
 R = TypeVar("R")
 
@@ -56,8 +57,8 @@ class EngineThread:
         """Have something done between two steps; returns at once. May be called anywhere, even by a destructor."""
         self._inbox.put(message)
 
-    def check(self) -> None:
-        """Raise unless the thread runs, and is another one.
+    def check(self, *, waits: bool = True) -> None:
+        """Raise unless the thread runs, and, for who `waits` for it, is another one.
 
         Raises:
             RuntimeError: when it has ended; when this process was forked from the one it runs in; when this is it.
@@ -66,7 +67,7 @@ class EngineThread:
             raise RuntimeError("this process was forked after the model was loaded; load the model in this process")
         if self._done.is_set():
             raise RuntimeError("this model is closed")
-        if threading.current_thread() is self._thread:
+        if waits and threading.current_thread() is self._thread:
             raise RuntimeError("what the engine itself calls cannot wait for the engine")
 
     def call(self, function: Callable[[Engine], R]) -> R:
@@ -105,7 +106,7 @@ class EngineThread:
         It does not wait where it is called by one of this package's threads, or in a process forked from its own.
         """
         self._end()
-        if os.getpid() == self._process and not threading.current_thread().name.startswith("duomoe-"):
+        if os.getpid() == self._process and not is_own_thread():
             self._done.wait()
 
 
@@ -127,6 +128,7 @@ def _end_all() -> None:
 
 def _main(engines: list[Engine], inbox: Inbox, done: threading.Event, cpu_threads: int) -> None:
     """Run the one engine in a list, which is empty then."""
+    mark_thread()
     try:
         torch.set_num_threads(cpu_threads)  # whatever another engine computes on as this one begins
         _run(engines.pop(), inbox)

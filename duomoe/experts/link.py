@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from duomoe.own_threads import mark_thread
+
 
 @dataclass
 class Traffic:
@@ -198,6 +200,7 @@ class HostLink(Link):
             self._thread.join()
 
     def _run(self) -> None:
+        mark_thread()
         while (work := self._next()) is not None:
             copy, size, ahead = work
             try:
