@@ -27,7 +27,7 @@ STACK_BYTES = 1 << 20
 # 108 ms by counting and 270 ms by multiples of a large number, and a matcher grew by 330 MB. That was on one core of a
 # Xeon, with vocabularies of 4,096 and 128,000 tokens. With the limits below, ambiguity takes up to 60 ms, and what else
 # was tried up to 42 ms, but for single steps of up to 90 ms in which the tables of a large automaton grow. A matcher
-# grows by 180 MB at most. An object may have 250 optional properties, and a text with a `maxLength` 28,000 characters.
+# grew by 180 MB at most. An object may have 250 optional properties, and a text with a `maxLength` 28,000 characters.
 LIMITS = LLParserLimits(
     max_items_in_row=1000,
     step_max_items=8_000,
