@@ -10,7 +10,7 @@ from typing import Any
 from duomoe.chat_output import OutputParser, detect_style, is_thinking
 from duomoe.checkpoint import Checkpoint
 from duomoe.errors import InputError
-from duomoe.template_process import PROCESS
+from duomoe.limited.process import Failed, LimitedProcess
 from duomoe.text_file import read_text
 from duomoe.tokenizer import Tokenizer
 
@@ -18,6 +18,13 @@ Message = Mapping[str, Any]
 
 # Names under which clients send what an assistant thought, the usual one first; templates read one of the first two.
 REASONING = ("reasoning_content", "thinking", "reasoning")
+
+PROCESS = LimitedProcess(
+    "duomoe.limited.templates",
+    "renders chat templates",
+    "jinja2",
+    "--chat needs jinja2; install it with: pip install 'duomoe[chat]'",
+)
 
 # So many of a prompt's last tokens hold a tag that it ends with, whatever letters the tag is made of.
 PROMPT_END = 16
@@ -106,7 +113,7 @@ class ChatTemplate:
             raise InputError(f"template arguments cannot be named {' or '.join(taken)}")
         template = self.template(with_tools=tools is not None)
         variables = DEFAULTS | self._tokenizer.variables | more
-        return PROCESS.render(template, variables | {"messages": prepare(given, template), "tools": tools})
+        return render(template, variables | {"messages": prepare(given, template), "tools": tools})
 
     def tokens(
         self,
@@ -124,6 +131,27 @@ class ChatTemplate:
         style = detect_style(self.template(with_tools=tools is not None))
         end = self._tokenizer.decode(prompt[-PROMPT_END:], shown=style.markers)
         return OutputParser(style if tools else replace(style, calls=None), style.thinks and is_thinking(end), tools)
+
+
+def render(template: str, variables: Mapping[str, Any]) -> str:
+    """Render a template.
+
+    Args:
+        template: in Jinja's language, with what transformers adds to it.
+        variables: what it sees, as JSON can say it.
+
+    Raises:
+        InputError: when it fails, or takes more time or memory than it may; when jinja2 is not installed; and when the
+            variables are not JSON.
+    """
+    try:
+        request = json.dumps([template, variables]).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"messages, tools and template arguments must be JSON: {error}") from None
+    try:
+        return PROCESS.ask(request)
+    except Failed as error:
+        raise InputError(f"the chat template failed: {error}") from None
 
 
 def chat_stop_strings(checkpoint: Checkpoint) -> tuple[str, ...]:

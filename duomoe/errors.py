@@ -22,6 +22,10 @@ class PromptTooLong(InputError):
     """A prompt has more tokens than the model's context has room for."""
 
 
+class Busy(InputError):
+    """What was asked for cannot be done now, because others have that done which it needs; later it may go well."""
+
+
 @contextmanager
 def naming_failures(what: str) -> Iterator[None]:
     """Turn whatever a library raises into an InputError that begins with `what`.

@@ -1,22 +1,38 @@
 """Grammars that an answer has to follow, by llguidance, which says of each next token whether it may come.
 
-A grammar is compiled in the thread of whoever asks for it, within limits, and never sees files or the network.
+A grammar is a stranger's, and some make llguidance use all time, all memory, or all of the stack. So each is compiled
+in a process of its own first, where it can do no harm (`duomoe.limited.grammars`), and only then in the thread of
+whoever asks for it.
 """
 
+import hashlib
 import json
 import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from duomoe.errors import InputError, naming_failures
+from duomoe.limited.process import Ended, Failed, LimitedProcess, TooSlow
 
 if TYPE_CHECKING:
     import llguidance
 
-# The longest source of a grammar, in bytes. A regular expression of so many takes 20 ms to compile, the worst schema
-# that was tried a second; llguidance gives up by itself on what costs more, at compilation and at each token.
+# The longest source of a grammar, in bytes. It bounds what is sent and hashed, not what a grammar costs: a regular
+# expression of so many takes 20 ms to compile, and a schema of 51 bytes would take minutes. The trial bounds that.
 LARGEST_SOURCE = 1 << 17
+
+# So many grammars that passed their trial are remembered, each in 32 bytes.
+REMEMBERED = 1024
+
+MISSING = "grammars need llguidance; install it with: pip install 'duomoe[grammar]'"
+
+# The trial's. Templates have another process, so no grammar delays a template there. Grammars are tried one at a time:
+# who sends a slow one delays those of others by the time that a trial may take. Whoever has waited for so many seconds
+# is told to try again, so that a row of slow ones does not hold up the threads of a server. What has passed before is
+# not tried again, so clients that use the same grammars are not delayed at all.
+PROCESS = LimitedProcess("duomoe.limited.grammars", "tries grammars", "llguidance", MISSING, patience=5.0)
 
 # How llguidance knows the kinds of source.
 JSON_SCHEMA, REGEX, LARK = "json_schema", "regex", "lark"
@@ -59,7 +75,7 @@ class Grammar:
             InputError: when it is not JSON.
         """
         try:
-            # Written anew, because deeper ones than Python reads or writes would crash llguidance.
+            # Written anew, so that what Python does not take for JSON never gets further.
             value = json.loads(schema) if isinstance(schema, str) else schema
             text = json.dumps(value, allow_nan=False)
         except (ValueError, TypeError, RecursionError) as error:
@@ -89,7 +105,9 @@ class GrammarError(InputError):
 
 
 class GrammarCompiler:
-    """Compiles grammars for one tokenizer.
+    """Compiles grammars for one tokenizer, each on trial first.
+
+    Threads may share it.
 
     Args:
         tokenizer: its tokenizer.json.
@@ -98,63 +116,66 @@ class GrammarCompiler:
     """
 
     def __init__(self, tokenizer: str, vocab_size: int, eos: Sequence[int]) -> None:
-        self._source, self._vocab_size, self._eos = tokenizer, vocab_size, list(eos)
+        self._arguments = tokenizer, vocab_size, list(eos)
         self._lock = threading.Lock()
         self._tokenizer: llguidance.LLTokenizer | None = None
+        self._begin = b""
+        self._passed: OrderedDict[bytes, None] = OrderedDict()
 
     def matcher(self, grammar: Grammar) -> "Matcher":
         """Compile a grammar, and return what follows one answer by it.
 
         Raises:
-            InputError: when llguidance is not installed, or does not accept the grammar or the tokenizer.
+            InputError: when llguidance is not installed or does not accept the grammar or the tokenizer, or the grammar
+                takes more time, memory or stack than it may.
+            Busy: when grammars of others took too long before this one's turn came.
         """
         try:
-            from llguidance import LLMatcher
+            from duomoe.limited.grammars import compiled
         except ImportError:
-            raise InputError("grammars need llguidance; install it with: pip install 'duomoe[grammar]'") from None
+            raise InputError(MISSING) from None
         tokenizer = self._compiled_tokenizer()
+        self._try(grammar)
         with naming_failures("the grammar cannot be used"):
-            matcher = LLMatcher(tokenizer, _compiled(grammar), log_level=0)
-            matcher.compute_bitmask()  # what is too complex from the start shows here, and not in the engine's thread
-        if matcher.is_error():
-            raise InputError(f"the grammar cannot be used: {_reason(matcher)}")
-        return Matcher(matcher)
+            return Matcher(compiled(tokenizer, grammar.kind, grammar.source))
 
     def _compiled_tokenizer(self) -> "llguidance.LLTokenizer":
-        from llguidance import LLTokenizer
+        from duomoe.limited.grammars import tokenizer_of
 
         with self._lock:
             if self._tokenizer is None:
-                if not self._eos:
+                if not self._arguments[2]:
                     raise InputError("a grammar needs an end-of-sequence token, and this model has none")
                 try:
-                    self._tokenizer = LLTokenizer(self._source, n_vocab=self._vocab_size, eos_token=self._eos)
+                    self._tokenizer = tokenizer_of(*self._arguments)
                 except Exception as error:  # the library raises whatever its Rust part says
                     raise InputError(f"grammars cannot be used with this tokenizer: {error}") from None
+                self._begin = json.dumps(self._arguments).encode()
             return self._tokenizer
 
+    def _try(self, grammar: Grammar) -> None:
+        """Compile a grammar where it can do no harm, unless that went well before."""
+        from duomoe.limited.grammars import MEMORY_BYTES
 
-def _compiled(grammar: Grammar) -> str:
-    """Return a grammar as llguidance's own; errors come when it is used."""
-    from llguidance import LLMatcher
-
-    if grammar.kind == JSON_SCHEMA:
-        return LLMatcher.grammar_from_json_schema(
-            grammar.source,
-            # On one line, since a model that may write blanks anywhere may write nothing else.
-            overrides={
-                "coerce_one_of": True,
-                "whitespace_flexible": False,
-                "item_separator": ", ",
-                "key_separator": ": ",
-            },
-        )
-    return (LLMatcher.grammar_from_regex if grammar.kind == REGEX else LLMatcher.grammar_from_lark)(grammar.source)
-
-
-def _reason(matcher: "llguidance.LLMatcher") -> str:
-    """Return the first line of llguidance's complaint, which may go on for pages."""
-    return (matcher.get_error().split("<state>")[0].strip().splitlines() or ["no token may come first"])[0][:500]
+        request = json.dumps([grammar.kind, grammar.source]).encode()
+        name = hashlib.sha256(request).digest()
+        with self._lock:
+            if name in self._passed:
+                self._passed.move_to_end(name)
+                return
+        try:
+            PROCESS.ask(request, self._begin)
+        except Ended:
+            most = f"{MEMORY_BYTES >> 20} MiB of memory"
+            raise InputError(f"the grammar cannot be used: it takes more than {most} or is too deeply nested") from None
+        except TooSlow as error:
+            raise InputError(f"the grammar cannot be used: {error} to compile") from None
+        except Failed as error:
+            raise InputError(f"the grammar cannot be used: {error}") from None
+        with self._lock:
+            self._passed[name] = None
+            while len(self._passed) > REMEMBERED:
+                self._passed.popitem(last=False)
 
 
 class Matcher:
@@ -180,7 +201,7 @@ class Matcher:
         for token in tokens:
             self.taken += 1
             if not self._matcher.consume_token(token):
-                raise GrammarError(f"the grammar failed: {_reason(self._matcher)}")
+                raise self._failure()
 
     def allowed(self) -> bytes:
         """Return which tokens may come next, a bit for each in little-endian order; EOS tokens where it may end.
@@ -190,5 +211,10 @@ class Matcher:
         """
         mask = self._matcher.compute_bitmask()
         if self._matcher.is_error():
-            raise GrammarError(f"the grammar failed: {_reason(self._matcher)}")
+            raise self._failure()
         return mask
+
+    def _failure(self) -> GrammarError:
+        from duomoe.limited.grammars import reason
+
+        return GrammarError(f"the grammar failed: {reason(self._matcher)}")

@@ -2,11 +2,6 @@
 
 # ruff: noqa: E501 (templates, whose line breaks count)
 
-import os
-import subprocess
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +9,10 @@ import pytest
 import transformers
 from tokenizer_folders import byte_level, load, save
 
-from duomoe import template_process
-from duomoe.chat_template import ChatTemplate, prepare
+from duomoe.chat_template import ChatTemplate, prepare, render
 from duomoe.checkpoint import Checkpoint
 from duomoe.errors import InputError
-from duomoe.template_process import PROCESS, TemplateProcess
+from duomoe.limited import process
 
 # Each uses some feature of the language that checkpoints' templates use; all are our own.
 TEMPLATES = {
@@ -211,146 +205,12 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_templates_end_and_others_go_on(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(template_process, "RENDER_SECONDS", 1.0)
+    monkeypatch.setattr(process, "SECONDS", 1.0)
     with pytest.raises(InputError, match=r"the chat template failed: .+") as found:
-        PROCESS.render(HOSTILE[name], {})
+        render(HOSTILE[name], {})
     assert len(str(found.value)) < 1100
     if name in ("long", "list", "width"):
         assert "MiB of memory" in str(found.value)
     if name in ("loops", "power"):
         assert "1 seconds" in str(found.value)
-    assert PROCESS.render("{{ a }}", {"a": "é"}) == "é"
-
-
-def test_a_template_reaches_neither_files_nor_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also one that has escaped the sandbox: what the process itself can do."""
-    program = f"""
-import os, socket, sys
-sys.path.insert(0, {str(template_process.WORKER.parent)!r})
-import template_worker
-
-def escape(request):
-    done = []
-    for name, attempt in {{
-        "read": lambda: open("/etc/hostname"),
-        "write": lambda: open("/tmp/x", "w"),
-        "socket": socket.socket,
-        "environment": lambda: os.environ["SECRET"],
-    }}.items():
-        try:
-            attempt()
-            done.append(name)
-        except (OSError, KeyError):
-            pass
-    return ["text", ",".join(done)]
-
-warm_up = template_worker.answer
-template_worker.answer = lambda request: warm_up(request) if b"lipsum" in request else escape(request)
-template_worker.serve(sys.stdin.buffer, sys.stdout.buffer)
-"""
-    worker = tmp_path / "worker.py"
-    worker.write_text(program)
-    monkeypatch.setattr(template_process, "WORKER", worker)
-    monkeypatch.setenv("SECRET", "1")
-    process = TemplateProcess()
-    try:
-        assert process.render("", {}) == ""
-    finally:
-        process.close()
-
-
-def test_threads_share_the_process() -> None:
-    with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda n: PROCESS.render("{{ n }}", {"n": n}), range(200)))
-    assert found == [str(n) for n in range(200)]
-
-
-def test_a_fork_has_a_process_of_its_own() -> None:
-    """Also where another thread was just rendering."""
-    assert PROCESS.render("{{ 1 }}", {}) == "1"
-    mine = PROCESS._process
-    assert mine is not None
-    with PROCESS._lock:
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                code = 0 if PROCESS.render("{{ 2 }}", {}) == "2" and PROCESS._process is not mine else 2
-            finally:
-                os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert PROCESS.render("{{ 3 }}", {}) == "3" and PROCESS._process is mine
-
-
-def test_a_process_that_dies_is_begun_again() -> None:
-    PROCESS.render("{{ 1 }}", {})
-    assert PROCESS._process is not None
-    PROCESS._process.kill()
-    PROCESS._process.wait()
-    assert PROCESS.render("{{ 1 }}", {}) == "1"
-
-
-def test_an_interrupt_leaves_no_reply_to_the_next_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = template_process._exchange
-
-    def interrupted(process: Any, request: bytes) -> Any:
-        process.stdin.write(len(request).to_bytes(8, "little") + request)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(template_process, "_exchange", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        PROCESS.render("{{ 1 }}", {})
-    monkeypatch.setattr(template_process, "_exchange", original)
-    assert PROCESS.render("{{ 2 }}", {}) == "2"
-
-
-def test_an_interrupted_start_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    process = TemplateProcess()
-    original = template_process._read
-
-    def interrupted(*args: Any) -> Any:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(template_process, "_read", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        process.render("{{ 1 }}", {})
-    monkeypatch.setattr(template_process, "_read", original)
-    assert process.render("{{ 2 }}", {}) == "2"
-    process.close()
-
-
-@pytest.mark.parametrize(
-    "reply", [b"\xff" * 8, (2).to_bytes(8, "little") + b"[]", (1).to_bytes(8, "little") + b"x", b""]
-)
-def test_a_process_that_does_not_keep_to_the_rules(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reply: bytes
-) -> None:
-    (tmp_path / "worker.py").write_text(f"import sys; sys.stdout.buffer.write(b'ready' + {reply!r})")
-    monkeypatch.setattr(template_process, "WORKER", tmp_path / "worker.py")
-    with pytest.raises(InputError, match="its process ended"):
-        TemplateProcess().render("", {})
-    (tmp_path / "worker.py").write_text("")
-    with pytest.raises(InputError, match="does not start"):
-        TemplateProcess().render("", {})
-
-
-def is_running(process: int) -> bool:
-    """Return whether a process has not ended; one that nobody has waited for yet has no command line."""
-    try:
-        return Path(f"/proc/{process}/cmdline").read_bytes() != b""
-    except OSError:
-        return False
-
-
-def test_it_ends_with_the_program() -> None:
-    program = (
-        "from duomoe.template_process import PROCESS\nPROCESS.render('', {})\nprint(PROCESS._process.pid, flush=True)\n"
-    )
-    for end in ("", "import os; os._exit(0)", "raise SystemExit(3)"):
-        command = [sys.executable, "-W", "error", "-c", program + end]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.stderr == ""
-        deadline = time.monotonic() + 20
-        while is_running(int(done.stdout)):
-            assert time.monotonic() < deadline, "the process lives on"
-            time.sleep(0.01)
+    assert render("{{ a }}", {"a": "é"}) == "é"

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from duomoe.errors import InputError, PromptTooLong
+from duomoe.errors import Busy, InputError, PromptTooLong
 
 _TYPES = {
     401: "authentication_error",
@@ -56,6 +56,8 @@ def as_api_error(error: BaseException) -> ApiError:
         return error
     if isinstance(error, PromptTooLong):
         return invalid(str(error), code="context_length_exceeded")
+    if isinstance(error, Busy):
+        return ApiError(503, str(error), code="busy", retry_after=5)
     if isinstance(error, InputError):
         return invalid(str(error))
     return ApiError(500, f"the request failed within the server ({type(error).__name__}); its log says why")

@@ -1,4 +1,4 @@
-"""Chat templates rendered in a process of their own, within limits of time and memory."""
+"""Work done in a process of its own, within limits of time and memory."""
 
 import importlib.util
 import json
@@ -9,62 +9,86 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from duomoe.errors import InputError
-
-WORKER = Path(__file__).parent / "template_worker.py"
+from duomoe.errors import Busy, InputError
 
 START_SECONDS = 60.0
-RENDER_SECONDS = 5.0
+SECONDS = 5.0  # for one request
 MAX_REPLY_BYTES = 256 << 20
 
-# All that a template's process sees of this one's environment, which may hold secrets.
+# All that a limited process sees of this one's environment, which may hold secrets.
 KEPT = ("TZ", "LD_LIBRARY_PATH", "PYTHONHOME")
 
 
-class TemplateProcess:
-    """A process that renders templates, begun when it is first needed and again after it had to be ended.
+class Failed(Exception):
+    """Work was not done; the message is one line that says why."""
+
+
+class TooSlow(Failed):
+    """The work took too long."""
+
+
+class Ended(Failed):
+    """The process ended over the work, as when it needs too much memory."""
+
+
+class LimitedProcess:
+    """A process that does one kind of work, begun when it is first needed and again after it had to be ended.
 
     It is a new program, not a fork: this process may hold a GPU. It ends when this process does, whatever ends that.
-    Threads may share it.
+    Threads may share it; they take turns. A fork of this process gets one of its own.
+
+    Args:
+        module: what runs in it; its `begin` and its limits are handed to `duomoe.limited.worker.serve`.
+        purpose: what it does, as "renders chat templates".
+        library: that it imports.
+        remedy: what to do where that is not installed.
+        patience: seconds that a thread waits for its turn, while others have theirs; None for as long as it takes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, module: str, purpose: str, library: str, remedy: str, patience: float | None = None) -> None:
+        self._module, self._purpose, self._library, self._remedy = module, purpose, library, remedy
+        self._patience = -1 if patience is None else patience
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        self._begun = b""
+        os.register_at_fork(after_in_child=self.abandon)
 
-    def render(self, template: str, variables: dict[str, Any]) -> str:
-        """Render a template.
+    def ask(self, request: bytes, begin: bytes = b"null") -> str:
+        """Have something done.
 
         Args:
-            template: in Jinja's language, with what transformers adds to it.
-            variables: what it sees, as JSON can say it.
+            request: for the process, as JSON.
+            begin: what it works with, as JSON. It is sent to a process as it begins, and another one begins another
+                process.
 
         Raises:
-            InputError: when it fails, or takes more time or memory than it may; when jinja2 is not installed; and when
-                the variables are not JSON.
+            Failed: when it cannot be done: of its subclasses, when it takes more than its time, or ends the process.
+            InputError: when the library is not installed, or the process does not start.
+            Busy: when others have had their turns for too long.
         """
+        lock = self._lock
+        if not lock.acquire(timeout=self._patience):
+            raise Busy(f"the process that {self._purpose} is busy with others; try again later")
         try:
-            request = json.dumps([template, variables]).encode()
-        except (TypeError, ValueError, RecursionError) as error:
-            raise InputError(f"messages, tools and template arguments must be JSON: {error}") from None
-        with self._lock:
-            process = self._running()
+            process = self._running(begin)
             try:
-                with _ended_after(RENDER_SECONDS, process) as late:
+                with _ended_after(SECONDS, process) as late:
                     kind, text = _exchange(process, request)
             except (OSError, EOFError, ValueError):
                 self.close()
-                reason = f"it takes more than {RENDER_SECONDS:g} seconds" if late.is_set() else "its process ended"
-                raise InputError(f"the chat template failed: {reason}") from None
+                if late.is_set():
+                    raise TooSlow(f"it takes more than {SECONDS:g} seconds") from None
+                raise Ended("its process ended") from None
             except BaseException:
                 self.close()  # its reply would be taken for that to the next request
                 raise
             if late.is_set():
                 self.close()
+        finally:
+            lock.release()
         if kind == "error":
-            raise InputError(f"the chat template failed: {text}")
+            raise Failed(text)
         return text
 
     def close(self) -> None:
@@ -84,27 +108,34 @@ class TemplateProcess:
             process.stdin.close()
             process.stdout.close()
 
-    def _running(self) -> "subprocess.Popen[bytes]":
+    def _running(self, begin: bytes) -> "subprocess.Popen[bytes]":
+        if self._begun != begin:
+            self.close()
         if self._process is None or self._process.poll() is not None:
-            if importlib.util.find_spec("jinja2") is None:
-                raise InputError("--chat needs jinja2; install it with: pip install 'duomoe[chat]'")
+            self.close()
+            if importlib.util.find_spec(self._library) is None:
+                raise InputError(self._remedy)
+            paths = filter(None, [*sys.path, str(Path(__file__).parents[2])])
+            self._begun = begin
             self._process = subprocess.Popen(
-                [sys.executable, "-P", str(WORKER)],
+                [sys.executable, "-P", "-m", self._module],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 bufsize=0,  # a fork of this process has no half-written request to write
+                # With one arena for all threads, addresses are not much more than memory.
                 env={name: os.environ[name] for name in KEPT if name in os.environ}
-                | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                | {"PYTHONPATH": os.pathsep.join(paths), "MALLOC_ARENA_MAX": "1"},
                 start_new_session=True,  # Ctrl-C is for the process that waits
             )
             try:
                 with _ended_after(START_SECONDS, self._process):
+                    _send(self._process, begin)
                     _read(self._process, len(b"ready"))
             except BaseException as error:
                 self.close()
-                if isinstance(error, EOFError):
-                    raise InputError("the process that renders chat templates does not start") from None
+                if isinstance(error, OSError | EOFError):
+                    raise InputError(f"the process that {self._purpose} does not start") from None
                 raise
         return self._process
 
@@ -135,15 +166,19 @@ def _exchange(process: "subprocess.Popen[bytes]", request: bytes) -> tuple[str, 
         OSError, EOFError: when the process ends meanwhile.
         ValueError: when it sends what is no reply.
     """
-    assert process.stdin is not None
-    left = memoryview(len(request).to_bytes(8, "little") + request)
-    while left:
-        left = left[process.stdin.write(left) :]
+    _send(process, request)
     size = int.from_bytes(_read(process, 8), "little")
     if size > MAX_REPLY_BYTES:
         raise ValueError
     kind, text = json.loads(_read(process, size))
     return kind, text
+
+
+def _send(process: "subprocess.Popen[bytes]", message: bytes) -> None:
+    assert process.stdin is not None
+    left = memoryview(len(message).to_bytes(8, "little") + message)
+    while left:
+        left = left[process.stdin.write(left) :]
 
 
 def _read(process: "subprocess.Popen[bytes]", size: int) -> bytes:
@@ -155,7 +190,3 @@ def _read(process: "subprocess.Popen[bytes]", size: int) -> bytes:
             raise EOFError
         found += piece
     return bytes(found)
-
-
-PROCESS = TemplateProcess()
-os.register_at_fork(after_in_child=PROCESS.abandon)
