@@ -171,7 +171,7 @@ class LLM:
             predictor = self._predictor(folder, model) if plan.policy in PREDICTED else None
             link = open_link(device, self.engine_config.pace())  # last, since it begins a thread
             bounded = BOUNDED[plan.policy](model, store, plan.num_slots, link, predictor)
-            assert bounded.residency.pool.rows.nbytes == plan.slot_bytes, "the slots are not as planned"
+            assert bounded.lease.pool.rows.nbytes == plan.slot_bytes, "the slots are not as planned"
             if isinstance(bounded, CachedPolicy) and plan.page_routing_bytes:
                 shape = plan.num_pages, len(self.config.moe_layers), self.config.num_experts
                 bounded.keep_routing(PageRouting(*shape, device))
@@ -180,7 +180,8 @@ class LLM:
         self.max_model_len = plan.max_model_len
         cache = KVCache(self.config, plan.num_pages, device, plan.dtype)
         assert cache.num_bytes == plan.kv_bytes, "the KV pages are not as planned"
-        scheduler: Scheduler[Request] = Scheduler(cache.pages, Limits(plan.max_batch, plan.pass_tokens))
+        limits = Limits(plan.max_batch, plan.pass_tokens, policy.interruptible)
+        scheduler: Scheduler[Request] = Scheduler(cache.pages, limits)
         decode_step = DecodeStep(
             model,
             policy,

@@ -25,6 +25,12 @@ ONE = 65536
 RATE = 5
 """Each step moves `use` by 1 / 2**RATE of the way."""
 
+NOBODY = -1
+"""The owner of an empty slot."""
+
+LEASED = -2
+"""The owner of a slot that the host fills: it is not used here, and not given away."""
+
 EMPTY = 2**31 - 1
 """The key of an empty slot: no owner's is as large, so it is given away first."""
 
@@ -67,8 +73,12 @@ class _State:
         self.last_use, self.unproven, self.use = _numbers(last_use), _numbers(unproven), _numbers(use)
 
     def victims(self, count: int, now: int, kept: Collection[int] = ()) -> list[int]:
-        """Return the slots to give away, at most `count`, in order: not `kept`, nor used `now`; see `admit`."""
-        free = [slot for slot, used in enumerate(self.last_use) if used != now and slot not in kept]
+        """Return the slots to give away, at most `count`, in order: not `kept`, leased or used `now`; see `admit`."""
+        free = [
+            slot
+            for slot, used in enumerate(self.last_use)
+            if used != now and slot not in kept and self.owner_of[slot] != LEASED
+        ]
         # Of equal keys, the lower slot.
         return heapq.nsmallest(count, free, key=lambda slot: (-self._key(slot, now), slot))
 
@@ -156,6 +166,7 @@ def admit_reference(
         state.unproven[where[expert]] = 0
     total[0] += len(here)
     total[1] += len(placed)
+    total[2] += len(wanted) - len(here) - len(placed) - (0 if first else len(wanted))
     columns = [(base + expert, where[expert], 1) for expert in resumed]
     _store_columns(misses, columns + [(base + expert, where[expert], 0) for expert in placed])
 
@@ -196,7 +207,8 @@ def admit(
     Experts that have a slot are hits. The others get one each, in ascending order, as long as there are slots that this
     wave does not use and columns in `misses`; who finds none stays pending for the next wave (`first` false).
 
-    The slot given away is the one with the largest key, the lowest of equal ones; an empty one comes before all. With
+    The slot given away is the one with the largest key, the lowest of equal ones; an empty one comes before all, and a
+    leased one is never given. With
     `predicted` the key is how many layers from now the owner's layer runs (1 to `layers`), plus `layers` for each whole
     step in which the owner, going by `use`, will not be needed: `layers * (ONE // use - 1)`. An owner that was fetched
     ahead for one of the next `horizon` layers is expected in this very step. Otherwise the key is the time since the
@@ -210,12 +222,13 @@ def admit(
         horizon: how many layers ahead experts are fetched.
         pending: [num_experts] int32, 1 for the experts still to be served in this step, which leave when they are.
         slot_of: [layers, num_experts] int32, -1 where the expert is absent.
-        owner_of: [num_slots] int32, flat numbers, -1 where the slot is empty.
+        owner_of: [num_slots] int32, flat numbers, NOBODY where the slot is empty, LEASED where the host fills it.
         last_use: [num_slots] int64.
         unproven: [num_slots] int32, 1 or 0.
         use: [layers, num_experts] int32, 0 to `ONE`.
         clock: [1] int64, advanced by one.
-        counts: [2] int64, hits and misses so far.
+        counts: [3] int64, hits and misses so far, and how many experts no wave has served: 0 once a layer has had as
+            many waves as it needs.
         slots: [2, num_experts] int32, written: the slots of the experts that can be computed at once, and those of the
             experts that `fetch` brings first; -1 for all others.
         misses: [3, width] int32, written: flat number, slot, and 1 if a fetch ahead began the row; first the latter,
@@ -398,6 +411,7 @@ def _store_keys(
     PREDICTED: tl.constexpr,
     ONE: tl.constexpr,
     EMPTY: tl.constexpr,
+    LEASED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """Store every slot's key in `keys`, [num_slots]: -1 for those that may not be given away.
@@ -416,7 +430,8 @@ def _store_keys(
             key = distance + tl.where(soon, 0, num_layers * (ONE // often - 1))
         else:
             key = tl.minimum(now - used, EMPTY - 1).to(tl.int32)
-        tl.store(keys + slot, tl.where(used == now, -1, tl.where(owner < 0, EMPTY, key)), mask=inside)
+        taken = (used == now) | (owner == LEASED)
+        tl.store(keys + slot, tl.where(taken, -1, tl.where(owner < 0, EMPTY, key)), mask=inside)
 
 
 @triton.jit
@@ -461,6 +476,7 @@ def _admit_kernel(
     ONE: tl.constexpr,
     RATE: tl.constexpr,
     EMPTY: tl.constexpr,
+    LEASED: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -512,6 +528,7 @@ def _admit_kernel(
             PREDICTED,
             ONE,
             EMPTY,
+            LEASED,
             BLOCK,
         )
         tl.debug_barrier()
@@ -528,9 +545,12 @@ def _admit_kernel(
     tl.store(owner_of + victim, flat, mask=placed)
     tl.store(last_use + victim, now, mask=placed)
     tl.store(unproven + victim, 0, mask=placed)
-    tl.store(pending + expert, (absent & (victim < 0)).to(tl.int32), mask=inside)
+    left = (absent & (victim < 0)).to(tl.int32)
+    tl.store(pending + expert, left, mask=inside)
     tl.store(counts, tl.load(counts) + tl.sum(here.to(tl.int64), 0))
     tl.store(counts + 1, tl.load(counts + 1) + tl.sum(placed.to(tl.int64), 0))
+    waited = 0 if FIRST else tl.sum(wanted.to(tl.int32), 0)
+    tl.store(counts + 2, tl.load(counts + 2) + tl.sum(left, 0) - waited)
     fetched = tl.where(resumed, slot, victim)
     tl.store(slots + expert, tl.where(here & (fetched < 0), slot, -1), mask=inside)
     tl.store(slots + num_experts + expert, fetched, mask=inside)
@@ -589,6 +609,7 @@ def _admit_ahead_kernel(
     PREDICTED: tl.constexpr,
     ONE: tl.constexpr,
     EMPTY: tl.constexpr,
+    LEASED: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ) -> None:
@@ -625,6 +646,7 @@ def _admit_ahead_kernel(
         PREDICTED,
         ONE,
         EMPTY,
+        LEASED,
         BLOCK,
     )
     tl.debug_barrier()
@@ -692,6 +714,7 @@ def _options(num_slots: int, predicted: bool) -> dict[str, int | bool]:
         "PREDICTED": predicted,
         "ONE": ONE,
         "EMPTY": EMPTY,
+        "LEASED": LEASED,
         "num_warps": warps,
         "maxnreg": 128,
     }

@@ -147,6 +147,8 @@ class DecodeStep:
         requests, (tokens, logprobs), failures = self._launched
         self._launched = None
         read: list[int] = tokens.tolist()  # host-sync ok: the one read of a step
+        if min(read) < 0:
+            raise RuntimeError("a decode step had fewer slots for experts than it needs")
         counts = [request.params.logprobs for request in requests]
         told = [] if logprobs is None else logprobs.read([count or 0 for count in counts])
         sampled = [Sampled(token, None) for token in read[: len(requests)]]
@@ -223,11 +225,13 @@ class DecodeStep:
                 by = adjust(logits, Adjustments(*tables, *single[:, REPETITION : FREQUENCY + 1].unbind(1)))
         tokens = choose(by, needs.draw, chances)
         held.advance(rows, tokens, count=needs.adjusts)
+        if (lacking := self.policy.lacking) is not None:
+            tokens = tokens.masked_fill(lacking, -1)
         return _Tokens(tokens, logprobs_of(logits, tokens) if needs.logprobs else None)
 
 
 class _Tokens(NamedTuple):
-    """What was chosen in a step: [rows] int64."""
+    """What was chosen in a step: [rows] int64, -1 where experts were left out."""
 
     tokens: Tensor
     logprobs: TokenLogprobs | None

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import itertools
+import math
 import time
 import traceback
 from collections import deque
@@ -17,15 +18,19 @@ from duomoe.engine.completion import Chunk, Logprobs
 from duomoe.engine.decode_step import DecodeStep, Sampled
 from duomoe.engine.log import EngineLog
 from duomoe.engine.logprobs import prompt_logprobs
+from duomoe.engine.prefill_pass import PrefillPass
 from duomoe.engine.request import Request
 from duomoe.engine.scheduler import Scheduler
 from duomoe.engine.stats import Stats
-from duomoe.experts.page_routing import Prefix
-from duomoe.experts.policies import Policy
+from duomoe.experts.page_routing import Prompt
+from duomoe.experts.policies import Pass, Policy, finished
 from duomoe.memory.kv_cache import KVCache
 from duomoe.memory.pages import PAGE_SIZE, pages_for
 from duomoe.models import Model
 from duomoe.sampling import SamplingParams
+
+# How long a pass goes on, in seconds, before the engine looks whether something has come in, where nobody decodes.
+SLICE = 0.05
 
 # A row's logits and what log-probabilities make of them take an eighth of what the plan has for a row that is sampled.
 LOGPROB_ROWS = 4
@@ -67,6 +72,7 @@ class Engine:
         self._owed: deque[tuple[Request, int, Logprobs | None]] = deque()  # tokens whose callers have not got them yet
         self._traffic = policy.traffic_so_far()  # by the last arrival or end
         self._generated = 0
+        self._pass: PrefillPass | None = None
 
     @property
     def has_work(self) -> bool:
@@ -86,8 +92,19 @@ class Engine:
             self.fail(requests, error)
 
     def cancel(self, request: Request) -> None:
-        """Forget a request, wherever it stands; its pages are free then."""
-        self._remove(request, failed=True)
+        """Forget a request, wherever it stands; its pages are free then.
+
+        Where it shares a pass that is under way with others, that is at the end of the pass: they may share its pages.
+        """
+        request.gone = True
+        leaving = [request]
+        if self._pass is not None and request in self._pass.requests:
+            leaving = self._pass.requests
+            if not all(each.gone for each in leaving):
+                return
+            self._give_up_pass()
+        for each in leaving:
+            self._remove(each, failed=True)
 
     def _remove(self, request: Request, failed: bool) -> None:
         request.gone = True
@@ -112,10 +129,10 @@ class Engine:
 
     def fail_all(self, error: BaseException) -> None:
         """End every request with an error, and forget all pages: nobody knows where it has left the queue and them."""
-        try:
-            self.fail([*self.scheduler.running, *self.scheduler.waiting], error)
-        finally:
-            self.scheduler.clear()
+        with contextlib.ExitStack() as last:
+            last.callback(self.scheduler.clear)
+            last.callback(lambda: self.fail([*self.scheduler.running, *self.scheduler.waiting], error))
+            self._give_up_pass()
 
     def close(self) -> None:
         """End all requests, with errors, and what the policy runs on."""
@@ -140,15 +157,81 @@ class Engine:
             self.decode_step.leave(request)
         if decision.until is not None:
             return max(0.0, decision.until - time.perf_counter())
-        requests = list(decision.admitted or decision.decoding)
+        if decision.admitted or decision.passing:
+            self._advance_pass(decision.admitted)
+        else:
+            self._decode(list(decision.decoding))
+        return 0.0
+
+    def _advance_pass(self, admitted: Sequence[Request]) -> None:
+        """Go on with the pass that is under way, or a new one; if somebody decodes beside it, for as long as a step."""
+        scheduler = self.scheduler
+        requests = list(scheduler.passing)
+        others = len(scheduler.running) - len(requests)
+        seconds = scheduler.costs.decode.at(others) if others else SLICE
         try:
             with self._failing_safely():
-                found = self._advance(requests, prefill=bool(decision.admitted))
+                if admitted:
+                    self._begin_pass(requests)
+                assert self._pass is not None, "requests are computed in a pass"
+                self._pass.advance(seconds if scheduler.limits.interruptible else math.inf)
+                self._hand_over()  # of the step before
+                if self._pass.stream is None:
+                    return
+                found = self._end_pass(self._pass)
         except BaseException as error:
+            self._pass = None
             self.fail(requests, error)
-            return 0.0
+        else:
+            self._accept(requests, found)
+
+    def _begin_pass(self, requests: Sequence[Request]) -> None:
+        running = self.scheduler.running
+        if any(request.params.max_new_tokens > 1 for request in requests):
+            self.prepare(len(running), [request.params for request in running])
+        beside = len(running) > len(requests)
+        steps = self._steps([_rest(request) for request in requests], _prompts(requests), beside)
+        self._pass = PrefillPass(requests, steps)
+
+    def _end_pass(self, done: PrefillPass) -> list[Sampled | Exception]:
+        """Return the next token of each request of a pass that is through, or its error."""
+        begin = time.perf_counter()
+        assert done.stream is not None, "it is through"
+        self._launch_first(done.requests, torch.cat(done.stream))
+        self._pass = None
+        found = self.decode_step.read()
+        seconds = done.seconds + time.perf_counter() - begin
+        self.scheduler.costs.prefill.note(done.tokens, seconds)
+        self._note("prefill", done.requests, seconds, done.tokens)
+        return found
+
+    def _decode(self, requests: list[Request]) -> None:
+        """Take a step."""
+        begin = time.perf_counter()
+        try:
+            with self._failing_safely():
+                self.decode_step.launch(requests)
+                self._hand_over()  # of the step before
+                found = self.decode_step.read()
+        except BaseException as error:
+            self._restart_pass()
+            self.fail(requests, error)
+            return
+        seconds = time.perf_counter() - begin
+        self.policy.note_step(len(requests), seconds)
+        self.scheduler.costs.decode.note(len(requests), seconds)
+        self._note("decode", requests, seconds, len(requests))
+        self._accept(requests, found)
+
+    def _note(self, kind: str, requests: Sequence[Request], seconds: float, tokens: int) -> None:
+        if self.log is not None:
+            self.log.advance(kind, requests, time.perf_counter(), seconds, tokens)
+
+    def _accept(self, requests: Sequence[Request], found: Sequence[Sampled | Exception]) -> None:
+        """Let requests have their next tokens, or end with an error of their own."""
         for request, sampled in zip(requests, found, strict=True):
             if request.gone:
+                self._remove(request, failed=True)
                 continue
             self.scheduler.note_computed(request)
             if isinstance(sampled, Exception):
@@ -160,7 +243,20 @@ class Engine:
             # Only its text may still end one with stop strings, so that is needed before the next step.
             if not self.overlaps or request.finish_reason is not None or request.params.stop:
                 self._hand_over(request)
-        return 0.0
+
+    @torch.inference_mode()
+    def _give_up_pass(self) -> None:
+        """End the pass that is under way, if one is; its requests stand where they were."""
+        given_up, self._pass = self._pass, None
+        if given_up is not None:
+            given_up.give_up()
+
+    def _restart_pass(self) -> None:
+        """After a failed step, let those whose pass was under way be computed again: what they had is lost."""
+        self._give_up_pass()
+        for request in self.scheduler.restart_pass():
+            if request.gone:
+                self._remove(request, failed=True)
 
     @contextlib.contextmanager
     def _failing_safely(self) -> Iterator[None]:
@@ -231,32 +327,8 @@ class Engine:
             experts=replace(self._traffic),
         )
 
-    def _advance(self, requests: list[Request], prefill: bool) -> list[Sampled | Exception]:
-        """Compute the rest of some requests, in a pass or a step; return the next token of each, or its error."""
-        if prefill and any(request.params.max_new_tokens > 1 for request in requests):
-            running = self.scheduler.running
-            self.prepare(len(running), [request.params for request in running])
-        size = sum(request.length - request.computed for request in requests)
-        begin = time.perf_counter()
-        if prefill:
-            self._prefill(requests)
-        else:
-            self.decode_step.launch(requests)
-        self._hand_over()  # of the step before
-        found = self.decode_step.read()
-        seconds = time.perf_counter() - begin
-        if prefill:
-            self.scheduler.costs.prefill.note(size, seconds)
-        else:
-            self.policy.note_step(len(requests), seconds)
-            self.scheduler.costs.decode.note(size, seconds)
-        if self.log is not None:
-            self.log.advance("prefill" if prefill else "decode", requests, begin, seconds, size)
-        return found
-
-    def _prefill(self, requests: list[Request]) -> None:
-        """Compute the rest of some requests in a pass, and launch the sampling of their next tokens."""
-        stream = torch.cat(self._pass([_rest(request) for request in requests], _prefixes(requests)))
+    def _launch_first(self, requests: Sequence[Request], stream: Tensor) -> None:
+        """Launch the sampling of requests' next tokens by what a pass has computed, [tokens, hidden]."""
         ends = list(itertools.accumulate(request.length - request.computed for request in requests))
         for request, end in zip(requests, ends, strict=True):
             if (count := request.params.prompt_logprobs) is not None and request.prompt_logprobs is None:
@@ -273,23 +345,27 @@ class Engine:
     def logits(self, tokens: list[int]) -> Tensor:
         """Return the logits [tokens, vocab] of one prompt, in a pass of its own, with nothing that was computed before.
 
-        Requests give way where it needs their pages.
+        Requests give way where it needs their pages; a pass that is under way is computed to its end.
         """
+        while self._pass is not None:
+            self._advance_pass(())
         needed = pages_for(len(tokens))
         for request in self.scheduler.make_room(needed):
             self.decode_step.leave(request)
         pages = self.cache.pages.take(needed)
         try:
             with self._failing_safely():
-                chunks = self._pass([Span(tokens, 0, len(tokens), pages)])
+                prompt = Prompt(len(tokens), [], len(tokens))
+                beside = bool(self.scheduler.running)
+                chunks = finished(self._steps([Span(tokens, 0, len(tokens), pages)], [prompt], beside))
                 return torch.cat([self.model.logits(x) for x in chunks])
         finally:
             self.cache.pages.release(pages)
 
-    def _pass(self, spans: Sequence[Span], prefixes: Sequence[Prefix] = ()) -> list[Tensor]:
-        """Run a prefill pass; return the stream [tokens, hidden] in chunks."""
+    def _steps(self, spans: Sequence[Span], prompts: Sequence[Prompt], beside: bool) -> Pass:
+        """Return the steps of a prefill pass."""
         batches = [batch_of(chunk, self.model.rotary, self.model.device) for chunk in cut(spans)]
-        return self.policy.prefill(batches, self.cache.layers, prefixes)
+        return self.policy.prefill(batches, self.cache.layers, prompts, beside)
 
 
 def _rest(request: Request) -> Span:
@@ -297,14 +373,15 @@ def _rest(request: Request) -> Span:
     return Span(request.tokens[request.computed :], request.computed, request.prompt_length, request.pages)
 
 
-def _prefixes(requests: Sequence[Request]) -> list[Prefix]:
-    """Return what of each request is computed already."""
+def _prompts(requests: Sequence[Request]) -> list[Prompt]:
+    """Return of each request what a pass computes, and what was computed before."""
     coming = {page for request in requests for page in request.pages[request.computed // PAGE_SIZE :]}
-    prefixes = []
+    prompts = []
     for request in requests:
         pages = [page for page in request.pages[: request.computed // PAGE_SIZE] if page not in coming]
-        prefixes.append(Prefix(pages, request.length - PAGE_SIZE * len(pages)))
-    return prefixes
+        behind = request.length - PAGE_SIZE * len(pages)
+        prompts.append(Prompt(request.length - request.computed, pages, behind))
+    return prompts
 
 
 def _copy(error: BaseException) -> BaseException:

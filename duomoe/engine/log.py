@@ -5,9 +5,9 @@ simulation knows which prompts begin alike (simulation.py).
 
 | event | fields |
 |---|---|
-| `begin` | `pages`, `max_batch`, `pass_tokens`: what bounds decisions |
+| `begin` | `pages`, `max_batch`, `pass_tokens`, `interruptible`: what bounds decisions |
 | `arrive` | `id`, `at`, `tokens`, `keys` (null where pages are not shared) |
-| `prefill`, `decode` | `ids`, `at` (its beginning), `seconds`, `tokens` that it computed |
+| `prefill`, `decode` | `ids`, `at` (its end), `seconds` that it took by itself, `tokens` that it computed |
 | `end` | `id`, `at`, `tokens`: of the whole sequence; `failed` where it ended with an error or was cancelled |
 """
 

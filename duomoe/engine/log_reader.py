@@ -94,7 +94,7 @@ def read_log(path: Path) -> Log:
         if (line.event == "begin") != (number == 1):
             line.refuse("`begin` is the first event, and no other")
         if reader is None:
-            limits = Limits(line.whole("max_batch", 1), line.whole("pass_tokens", 1))
+            limits = Limits(line.whole("max_batch", 1), line.whole("pass_tokens", 1), line.yes("interruptible"))
             reader = _Reader(Log(line.whole("pages", 1, MOST_PAGES), limits, [], []))
         else:
             reader.take(line)
@@ -137,6 +137,12 @@ class _Line:
             self.refuse(f"{name} is not a number of seconds from 0 to {LATEST:.0e}")
         return float(value)
 
+    def yes(self, name: str) -> bool:
+        value = self.field(name)
+        if not isinstance(value, bool):
+            self.refuse(f"{name} is not true or false")
+        return value
+
     def keys(self, name: str, count: int) -> list[bytes] | None:
         value = self.field(name)
         if value is None:
@@ -158,7 +164,7 @@ class _Reader:
         self._under_way: dict[int, LoggedRequest] = {}
         self._known: set[int] = set()
         self._tokens = 0
-        self._worked = self._ended = 0.0  # when the latest pass or step began, and the latest request ended
+        self._worked = self._ended = 0.0  # when the latest pass or step did, and the latest request
 
     def take(self, line: _Line) -> None:
         match line.event:
@@ -193,7 +199,7 @@ class _Reader:
     def _advance(self, line: _Line) -> None:
         at, seconds, prefill = line.seconds("at"), line.seconds("seconds"), line.event == "prefill"
         if at < self._worked:
-            line.refuse("it begins before the pass or step before it")
+            line.refuse("it ends before the pass or step before it")
         self._worked = at
         numbers = line.field("ids")
         if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
@@ -205,10 +211,10 @@ class _Reader:
                 line.refuse(f"id {number} is there twice")
             seen.add(number)
             if at < request.arrived:
-                line.refuse(f"it begins before id {number} has arrived")
+                line.refuse(f"it ends before id {number} has arrived")
             request.given += 1
             if prefill and request.first_token is None:
-                request.first_token = at + seconds
+                request.first_token = at
         self.log.work.append(Work(prefill, line.whole("tokens", 1, MOST_TOKENS), seconds))
 
     def _end(self, line: _Line) -> None:
@@ -221,10 +227,7 @@ class _Reader:
         if not request.prompt <= length <= request.prompt + request.given:
             line.refuse(f"id {number} has {request.prompt} to {request.prompt + request.given} tokens by then")
         self._count(line, length - request.prompt, length)
-        failed = line.field("failed")
-        if not isinstance(failed, bool):
-            line.refuse("failed is not true or false")
-        request.ended, request.length, request.failed = at, length, failed
+        request.ended, request.length, request.failed = at, length, line.yes("failed")
         del self._under_way[number]
 
     def _request(self, line: _Line, number: int) -> LoggedRequest:

@@ -6,6 +6,7 @@ The rules of `decide`:
    room: in the batch, in the pass, and in pages. These are for their tokens so far and the next one, and one more for
    each request beside them that may still need it.
 2. Between two passes, all running requests decode at least one token. What arrives meanwhile is admitted together.
+   While a pass is under way, it and their steps take turns, where the policy allows it and nobody has to give way.
 3. Where nothing runs, a pass waits a moment for company: not longer than a decode step takes, nor than a small share of
    what the pass itself is expected to take.
 4. A running request takes pages as it grows. When none is left, the latest is preempted: it gives its pages back, waits
@@ -33,10 +34,12 @@ class Limits(NamedTuple):
     Attributes:
         max_batch: how many requests may run at once.
         pass_tokens: how many tokens one pass may compute; none has more to compute by itself.
+        interruptible: whether steps may run amid a pass.
     """
 
     max_batch: int
     pass_tokens: int
+    interruptible: bool
 
 
 class State(NamedTuple, Generic[AnyTask]):
@@ -45,14 +48,16 @@ class State(NamedTuple, Generic[AnyTask]):
     Attributes:
         waiting: in order of arrival.
         running: likewise; all came before those that wait.
+        passing: those of them, the latest, whose pass is under way.
         pages: says what is available, and what is there already of somebody's tokens.
-        stepped: running requests have decoded since the last pass, or there are none.
+        stepped: running requests have decoded since a pass was last advanced, or there are none.
         now: in seconds on the clock of `Task.arrived`.
         costs: what passes and steps are expected to take.
     """
 
     waiting: Sequence[AnyTask]
     running: Sequence[AnyTask]
+    passing: Sequence[AnyTask]
     pages: PagePool
     stepped: bool
     now: float
@@ -60,16 +65,18 @@ class State(NamedTuple, Generic[AnyTask]):
 
 
 class Decision(NamedTuple, Generic[AnyTask]):
-    """What to do next: one pass, or one step behind which somebody may be preempted, or nothing.
+    """What to do next: advance a pass, or take a step for which somebody may be preempted, or nothing.
 
     Attributes:
-        admitted: to be computed in a pass, in this order.
+        admitted: to be computed in a new pass, in this order.
+        passing: whose pass goes on.
         decoding: to advance by one token.
         preempted: to give their pages back first, the latest first.
         until: there is nothing to do before that time, unless something arrives; None where there is, or nobody waits.
     """
 
     admitted: Sequence[AnyTask] = ()
+    passing: Sequence[AnyTask] = ()
     decoding: Sequence[AnyTask] = ()
     preempted: Sequence[AnyTask] = ()
     until: float | None = None
@@ -77,6 +84,11 @@ class Decision(NamedTuple, Generic[AnyTask]):
 
 def decide(state: State[AnyTask], limits: Limits) -> Decision[AnyTask]:
     """Say what to do next. Depends on nothing else, and changes nothing but that keys of pages are made."""
+    if state.passing:
+        others = state.running[: len(state.running) - len(state.passing)]
+        if limits.interruptible and others and not state.stepped and sum(_lacking(others)) <= state.pages.available:
+            return Decision(decoding=others)
+        return Decision(passing=state.passing)
     if state.waiting and state.stepped:
         admitted, tokens = _admissible(state, limits)
         due = state.now
@@ -111,9 +123,14 @@ def _admissible(state: State[AnyTask], limits: Limits) -> tuple[list[AnyTask], i
     return admitted, tokens
 
 
+def _lacking(tasks: Sequence[AnyTask]) -> list[bool]:
+    """Return for each task whether it needs another page for its next step."""
+    return [pages_for(task.length) > len(task.pages) for task in tasks]
+
+
 def _preempted(state: State[AnyTask]) -> list[AnyTask]:
     """Return who has to give way, the latest first, so that each of the others has a page for its next token."""
-    lacking = [pages_for(task.length) > len(task.pages) for task in state.running]
+    lacking = _lacking(state.running)
     missing, available = sum(lacking), state.pages.available
     preempted: list[AnyTask] = []
     given: Counter[int] = Counter()  # how many of those who give way hold each page
@@ -154,6 +171,7 @@ class Scheduler(Generic[AnyTask]):
         self.pages, self.limits = pages, limits
         self.waiting: deque[AnyTask] = deque()
         self.running: list[AnyTask] = []
+        self.passing: list[AnyTask] = []  # the latest of those, whose pass is under way
         self.costs = Costs()
         self.counts = Counts()
         self._stepped = True
@@ -165,7 +183,8 @@ class Scheduler(Generic[AnyTask]):
     def decide(self, now: float) -> Decision[AnyTask]:
         """Decide, and make the decision true: whoever is to compute has pages for it."""
         stepped = self._stepped or not self.running
-        decision = decide(State(self.waiting, self.running, self.pages, stepped, now, self.costs), self.limits)
+        state = State(self.waiting, self.running, self.passing, self.pages, stepped, now, self.costs)
+        decision = decide(state, self.limits)
         for task in decision.preempted:
             self._preempt(task)
         # What each was promised, before anybody takes a page that it lies in.
@@ -176,8 +195,15 @@ class Scheduler(Generic[AnyTask]):
             self._admit(task, now)
         for task in decision.decoding:
             task.pages += self.pages.take(pages_for(task.length) - len(task.pages))
-        self._stepped = not decision.admitted
+        self._stepped = not decision.admitted and not decision.passing
         return decision
+
+    def restart_pass(self) -> list[AnyTask]:
+        """Let those whose pass is under way wait again, with nothing computed; return them."""
+        restarted = list(self.passing)
+        for task in reversed(restarted):
+            self._preempt(task)
+        return restarted
 
     def _admit(self, task: AnyTask, now: float) -> None:
         """Move the head of the queue to those who run, with the pages that were found for it.
@@ -197,6 +223,7 @@ class Scheduler(Generic[AnyTask]):
             self.counts.found_tokens += task.computed
         self._name(task, task.length)
         self.running.append(self.waiting.popleft())
+        self.passing.append(task)
 
     def _name(self, task: AnyTask, tokens: int) -> None:
         """Let the full pages of its first tokens be found, beginning with those that are not computed yet."""
@@ -208,6 +235,7 @@ class Scheduler(Generic[AnyTask]):
     def _preempt(self, task: AnyTask) -> None:
         """Move the latest of those who run back to the head of the queue, with nothing computed."""
         assert self.running[-1] is task, "the latest gives way"
+        self._leave_pass(task)
         self.waiting.appendleft(self.running.pop())
         self._give_back(task)
         self.counts.preemptions += 1
@@ -222,6 +250,11 @@ class Scheduler(Generic[AnyTask]):
         """Note that all tokens of a task are computed; before the next one is appended."""
         self._name(task, task.length)
         task.computed = task.length
+        self._leave_pass(task)
+
+    def _leave_pass(self, task: AnyTask) -> None:
+        if task in self.passing:
+            self.passing.remove(task)
 
     def make_room(self, pages: int) -> list[AnyTask]:
         """Preempt the latest until so many pages are available; return who gave way."""
@@ -236,12 +269,14 @@ class Scheduler(Generic[AnyTask]):
         """Forget all tasks and all pages."""
         self.waiting.clear()
         self.running.clear()
+        self.passing.clear()
         self.pages.clear()
 
     def remove(self, task: AnyTask) -> None:
         """Forget a task that finished or was given up, wherever it stands, and free its pages."""
         if task in self.running:
             self.running.remove(task)
+            self._leave_pass(task)
             self._give_back(task)
         elif task in self.waiting:
             self.waiting.remove(task)

@@ -44,6 +44,7 @@ def simulate(arrivals: Iterable[Simulated], scheduler: Scheduler[Simulated], cos
     scheduler.costs = costs
     coming = deque(sorted(arrivals, key=lambda task: task.arrived))
     now, decisions = 0.0, 0
+    left = 0.0  # seconds of the pass under way
     while coming or scheduler.waiting or scheduler.running:
         if not scheduler.waiting and not scheduler.running:
             now = max(now, coming[0].arrived)
@@ -54,13 +55,19 @@ def simulate(arrivals: Iterable[Simulated], scheduler: Scheduler[Simulated], cos
         if decision.until is not None:
             now = min([decision.until] + [task.arrived for task in list(coming)[:1]])
             continue
-        advancing = decision.admitted or decision.decoding
+        advancing = decision.admitted or decision.passing or decision.decoding
         if not advancing:
             raise InputError("there is never room for what waits: it needs more pages, or a batch of at least 1")
-        if decision.admitted:
-            now += costs.prefill.at(sum(task.length - task.computed for task in advancing))
+        others = len(scheduler.running) - len(scheduler.passing)
+        if decision.decoding:
+            now += costs.decode.at(others)
         else:
-            now += costs.decode.at(len(advancing))
+            if decision.admitted:
+                left = costs.prefill.at(sum(task.length - task.computed for task in advancing))
+            slice_ = min(left, costs.decode.at(others)) if others and scheduler.limits.interruptible else left
+            now, left = now + slice_, left - slice_
+            if left > 0:
+                continue
         for task in list(advancing):
             scheduler.note_computed(task)
             _give(task, now, scheduler)

@@ -58,19 +58,26 @@ class Decode:
     Args:
         directory: of the slots, on the compute device.
         pool: the slots.
+        free: how many of them are never leased while a step runs.
         fetcher: copies rows into them.
         predicted: give away the expert that is expected to be needed last; otherwise the one used least recently.
         predictor: names experts to send ahead, in steps in which `payoff` says so; None sends nothing.
     """
 
     def __init__(
-        self, directory: Directory, pool: SlotPool, fetcher: Fetcher, predicted: bool, predictor: Predictor | None
+        self,
+        directory: Directory,
+        pool: SlotPool,
+        free: int,
+        fetcher: Fetcher,
+        predicted: bool,
+        predictor: Predictor | None,
     ) -> None:
-        self.directory, self.pool, self.fetcher = directory, pool, fetcher
+        self.directory, self.pool, self.free, self.fetcher = directory, pool, free, fetcher
         self.predicted, self.predictor = predicted, predictor
         self.num_layers, self.num_experts = directory.slot_of.shape
         self.horizon = predictor.horizon if predictor else 0
-        self.counts = torch.zeros(2, dtype=torch.int64, device=directory.clock.device)  # hits and misses
+        self.counts = torch.zeros(3, dtype=torch.int64, device=directory.clock.device)  # see `admit`
         self.payoff = Payoff()
         self.sending = torch.ones(1, dtype=torch.int32, device=directory.clock.device)  # what `payoff` says
         # Looking ahead is a handful of small kernels, which take as long as an expert's computation.
@@ -83,11 +90,10 @@ class Decode:
             worth = (predictor.reliability >= WORTH_SENDING).int().cumprod(-1).sum(-1)
             self._trusted = worth.tolist()  # host-sync ok: once, at construction, and on the host
 
-    def start(self, use: Tensor) -> None:
-        """Begin after a prefill, with what it needed: int32 [layers, experts], as in `Directory.use`."""
-        self.directory.use.copy_(use)
+    def start(self) -> None:
+        """Begin after a prefill, with what the directory says of its use."""
         if self.predictor is not None:
-            self.predictor.start(use)
+            self.predictor.start(self.directory.use)
         self.payoff.settle()
 
     def note_step(self, sequences: int, seconds: float) -> None:
@@ -100,9 +106,9 @@ class Decode:
 
     def run(self, total: LayerSum, index: int, h: Tensor, routing: Routing) -> None:
         """Compute the experts of one layer, [tokens, hidden] and their routing, into its sum."""
-        state, slots = self.directory, len(self.pool)
+        state = self.directory
         most = min(self.num_experts, routing.experts.numel())  # that the layer can need
-        waves, width = -(-most // slots), min(most, slots)
+        waves, width = -(-most // self.free), min(most, len(self.pool))
         if (index, width) not in self._demands:
             self._demands[index, width] = _Demand(self.num_experts, width, state.clock.device)
         demand = self._demands[index, width]
@@ -168,9 +174,14 @@ class Decode:
         self.directory.clock += 1
         self.fetcher.stop()
 
+    def forget(self) -> None:
+        """After a failure, wherever it was, nothing is under way."""
+        self.fetcher.drop()
+        self.counts[2] = 0
+
     def count(self, traffic: Traffic) -> None:
         """Add what all steps so far have counted; waits for the device."""
-        hits, misses = self.counts.tolist()  # host-sync ok: between requests, not between tokens
+        hits, misses, _ = self.counts.tolist()  # host-sync ok: between requests, not between tokens
         traffic.hits += hits
         traffic.misses += misses
         self.fetcher.count(traffic)

@@ -11,14 +11,16 @@ from torch import Tensor
 from duomoe.memory.pages import PAGE_SIZE
 
 
-class Prefix(NamedTuple):
-    """What of a prompt was computed before the pass that computes the rest.
+class Prompt(NamedTuple):
+    """A sequence of which a pass computes the rest.
 
     Attributes:
-        pages: all full, in order.
-        behind: how many tokens come behind them.
+        tokens: how many the pass computes.
+        pages: what was computed before, all full, in order.
+        behind: how many tokens come behind those pages, in this pass or shared with another sequence of it.
     """
 
+    tokens: int
     pages: list[int]
     behind: int
 

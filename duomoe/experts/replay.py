@@ -53,7 +53,7 @@ def decodes_of(trace: Trace) -> Decodes:
             hidden[row, : steps[row]] = trace.hidden[decode]
         for layer in range(layers):
             counts = prompt[:, layer].flatten().int().bincount(minlength=trace.num_experts)
-            use[row, layer] = prompt_use(counts, len(prompt), top_k)
+            use[row, layer] = (prompt_use(counts, len(prompt), top_k) * ONE).int()
     return Decodes(steps, experts, use, hidden)
 
 

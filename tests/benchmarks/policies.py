@@ -197,7 +197,7 @@ class Bench:
                 llm = self.bounded[policy]
                 llm.policy.forget()  # every round begins with empty slots
                 if self.paced:
-                    llm.policy.residency.link.pace = Pace(bandwidth)
+                    llm.policy.lease.link.pace = Pace(bandwidth)
                 found, same = run(llm, prompt, new_tokens)
                 assert same == tokens, f"{policy} generated other tokens"
                 if self.paced or turn > 0:  # on a GPU, the first round may compile

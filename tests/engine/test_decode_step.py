@@ -80,7 +80,6 @@ def test_launching_a_step_waits_for_nothing_on_a_gpu(
 
     def without_waiting(requests: Any) -> None:
         launched.append(len(requests))
-        step.policy.prepare_decode()  # where prefill and decode change places it may wait
         torch.cuda.set_sync_debug_mode("error")
         try:
             launch(requests)

@@ -4,6 +4,7 @@ Each is short in an ordinary run, and runs in full by `--long`.
 """
 
 import gc
+import math
 import os
 import random
 import signal
@@ -14,14 +15,16 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 import duomoe
 from duomoe import LLM, SamplingParams
+from duomoe.engine.prefill_pass import PrefillPass
 from duomoe.experts.link import HostLink
+from duomoe.experts.policies import finished
 from duomoe.memory.pages import PagePool
 
 PARAMS = SamplingParams(max_new_tokens=8, ignore_eos=True)
@@ -181,44 +184,63 @@ def test_thousands_of_requests_leave_what_the_first_hundred_did(
 @pytest.mark.parametrize("policy", ["duo", "lru", "on_demand"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_recorded_schedule_has_the_same_bits_under_resident(
-    dtype: str, policy: str, device: str, tiny: Callable[..., Any], prompt_of: Callable[..., list[int]]
+    dtype: str,
+    policy: str,
+    device: str,
+    tiny: Callable[..., Any],
+    prompt_of: Callable[..., list[int]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Arrivals, shared beginnings, preemption: what each pass and step got is given to a model with all experts."""
+    """Arrivals, shared beginnings, preemption, steps amid passes: each is given to a model with all experts."""
     options = dict(device=device, dtype=dtype, max_batch=3, max_model_len=96, graph=False)
     llm = LLM(tiny("qwen3_moe").path, policy=policy, expert_memory="100KB", **options)
     use_few_pages(llm)
-    recorded: list[tuple[str, Any, list[torch.Tensor]]] = []
-    for name in ("prefill", "decode"):
-        record(llm.policy, name, recorded)
+    advance = PrefillPass.advance
+    monkeypatch.setattr(PrefillPass, "advance", lambda self, _: advance(self, math.inf if policy == "on_demand" else 0))
+    recorded: list[Recorded] = []
+    record(llm, recorded)
     common = prompt_of(20)
     streams = [llm.stream([*common, *prompt_of(5 * n, seed=n)], SamplingParams(max_new_tokens=30)) for n in range(1, 5)]
     next(streams[2])
     streams.pop(1).close()
     for stream in streams:
         list(stream)
-    assert {name for name, _, _ in recorded} == {"prefill", "decode"} and llm.engine.scheduler.counts.found_tokens > 0
+    assert llm.engine.scheduler.counts.found_tokens > 0 and any(each.chunks for each in recorded)
+    amid = sum(each.passing for each in recorded if not each.chunks)
+    assert (amid > 0) == (policy != "on_demand")
     resident = LLM(tiny("qwen3_moe").path, policy="resident", **options)
+    layers = resident.engine.cache.layers
     with torch.inference_mode():
-        for name, given, expected in recorded:
-            resident.policy.prepare_decode()
-            found = getattr(resident.policy, name)(given, resident.engine.cache.layers)
-            for one, other in zip(found if name == "prefill" else [found], expected, strict=True):
+        for each in recorded:
+            if each.chunks:
+                found = finished(resident.policy.prefill(each.chunks, layers, (), beside=False))
+            else:
+                found = [resident.policy.decode(each.batch, layers)]
+            for one, other in zip(found, each.streams, strict=True):
                 assert torch.equal(one, other)
 
 
-def record(policy: Any, name: str, recorded: list[tuple[str, Any, list[torch.Tensor]]]) -> None:
-    """Keep what a policy's passes or steps are given and return."""
-    original = getattr(policy, name)
-    depth = [0]
+class Recorded(NamedTuple):
+    """A pass or a step: what it was given and what it returned."""
 
-    def run(given: Any, kv: Any, *prefixes: Any) -> Any:
-        depth[0] += 1
-        try:
-            result = original(given, kv, *prefixes)
-        finally:
-            depth[0] -= 1
-        if depth[0] == 0 and sys._getframe(1).f_code.co_name != "decode":
-            recorded.append((name, given, [each.clone() for each in (result if name == "prefill" else [result])]))
-        return result
+    chunks: list[Any]
+    batch: Any
+    passing: bool  # a pass was under way
+    streams: list[torch.Tensor]
 
-    setattr(policy, name, run)
+
+def record(llm: LLM, recorded: list[Recorded]) -> None:
+    """Keep what a model's passes and steps are given and return."""
+    prefill, decode, scheduler = llm.policy.prefill, llm.policy.decode, llm.engine.scheduler
+
+    def passes(chunks: list[Any], kv: Any, prompts: Any, beside: bool) -> Any:
+        streams = yield from prefill(chunks, kv, prompts, beside)
+        recorded.append(Recorded(chunks, None, False, [each.clone() for each in streams]))
+        return streams
+
+    def steps(batch: Any, kv: Any) -> Any:
+        stream = decode(batch, kv)
+        recorded.append(Recorded([], batch, bool(scheduler.passing), [stream.clone()]))
+        return stream
+
+    llm.policy.prefill, llm.policy.decode = passes, steps  # type: ignore[method-assign,assignment]

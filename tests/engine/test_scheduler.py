@@ -4,7 +4,7 @@ from itertools import count
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from duomoe.engine.cost import Costs
 from duomoe.engine.scheduler import Limits, Scheduler, State, decide
@@ -23,7 +23,7 @@ def task(tokens: list[int] | int, salt: bytes | None = b"", longest: int = 200) 
 
 
 def scheduler_of(pages: int, max_batch: int = 8, pass_tokens: int = 100) -> Scheduler[Task]:
-    return Scheduler(PagePool(pages), Limits(max_batch, pass_tokens))
+    return Scheduler(PagePool(pages), Limits(max_batch, pass_tokens, True))
 
 
 def add(scheduler: Scheduler[Task], *tokens: list[int] | int) -> list[Task]:
@@ -64,6 +64,33 @@ def test_running_requests_decode_between_two_passes() -> None:
     assert steps[5] == ([], [first, second, third])
 
 
+def test_steps_and_a_pass_under_way_take_turns() -> None:
+    scheduler = scheduler_of(12, pass_tokens=60)
+    (first,) = add(scheduler, 15)
+    assert advance(scheduler)[0] == [first]
+    (second,) = add(scheduler, 60)
+    advance(scheduler)
+    (third,) = add(scheduler, 5)
+    assert scheduler.decide(0.0).admitted == [second]
+    for _ in range(3):
+        assert advance(scheduler) == ([], [first])
+        assert scheduler.decide(0.0).passing == [second]
+    taken = scheduler.pages.take(scheduler.pages.available)
+    while first.length % PAGE_SIZE:  # it has a page for these
+        assert advance(scheduler) == ([], [first])
+        assert scheduler.decide(0.0).passing == [second]
+    advance(scheduler)
+    for _ in range(3):  # nobody gives way to go on amid a pass
+        assert scheduler.decide(0.0).passing == [second]
+    scheduler.pages.release(taken)
+    assert advance(scheduler) == ([], [first])
+    assert scheduler.decide(0.0).passing == [second]
+    scheduler.note_computed(second)
+    second.tokens.append(7)
+    assert scheduler.passing == [] and advance(scheduler) == ([], [first, second])
+    assert advance(scheduler)[0] == [third]
+
+
 def test_a_pass_waits_for_company_a_small_share_of_its_time_and_no_longer_than_a_step() -> None:
     costs = Costs()
     costs.prefill.note(100, 1.0)
@@ -71,8 +98,8 @@ def test_a_pass_waits_for_company_a_small_share_of_its_time_and_no_longer_than_a
 
     def until(now: float, waiting: int = 1, running: int = 0) -> float | None:
         tasks = [task(10) for _ in range(waiting)]
-        state = State(tasks, [task(5) for _ in range(running)], PagePool(100), True, now, costs)
-        decision = decide(state, Limits(4, 100))
+        state = State(tasks, [task(5) for _ in range(running)], [], PagePool(100), True, now, costs)
+        decision = decide(state, Limits(4, 100, True))
         assert decision.until is not None or decision.admitted == tasks
         return decision.until
 
@@ -192,6 +219,7 @@ class Schedules(RuleBasedStateMachine):
         super().__init__()
         self.scheduler = scheduler_of(14, max_batch=4, pass_tokens=7 * PAGE_SIZE)
         self.longest = 12 * PAGE_SIZE
+        self.stepped = False
         self.written: dict[int, dict[int, tuple[int, ...]]] = {}  # page: offset: tokens up to there
 
     @rule(
@@ -200,12 +228,24 @@ class Schedules(RuleBasedStateMachine):
     def arrive(self, words: list[list[int]], more: int, salt: bytes | None) -> None:
         self.scheduler.add(task([token for word in words for token in word] + [9] * more, salt, self.longest))
 
-    @rule(fails=st.integers(0, 9), token=st.integers(0, 2))
-    def step(self, fails: int, token: int) -> None:
+    @rule(fails=st.integers(0, 9), token=st.integers(0, 2), turns=st.integers(0, 3))
+    def step(self, fails: int, token: int, turns: int) -> None:
+        """Make a decision true; a pass may be through only after some turns."""
         before = [*self.scheduler.running, *self.scheduler.waiting]
-        giving_way = self.who_has_to_give_way()
+        passing, giving_way = list(self.scheduler.passing), self.who_has_to_give_way()
         decision = self.scheduler.decide(0.0)
-        advancing = [*decision.admitted, *decision.decoding]
+        if passing:
+            assert not decision.admitted and not decision.preempted
+            assert bool(decision.passing) != bool(decision.decoding)
+            assert not set(passing) & set(decision.decoding)
+            giving_way = 0
+        if decision.decoding:
+            assert not self.stepped or not passing  # they take turns
+        self.stepped = bool(decision.decoding)
+        if (decision.admitted or decision.passing) and turns and fails:
+            assert self.scheduler.passing == self.scheduler.running[-len(self.scheduler.passing) :]
+            return
+        advancing = [*decision.admitted, *decision.passing, *decision.decoding]
         if len(decision.admitted) > 1:
             assert sum(each.length - each.computed for each in decision.admitted) <= self.scheduler.limits.pass_tokens
         assert len(decision.preempted) == (0 if decision.admitted else giving_way)
@@ -250,6 +290,17 @@ class Schedules(RuleBasedStateMachine):
         if number < len(tasks):
             self.scheduler.remove(tasks[number])
 
+    @rule()
+    def restart(self) -> None:
+        """A step has failed, and what a pass under way had with it."""
+        passing, before = list(self.scheduler.passing), [*self.scheduler.running, *self.scheduler.waiting]
+        for each in passing:
+            for page in each.pages[each.computed // PAGE_SIZE :]:
+                self.written[page] = {}
+        assert self.scheduler.restart_pass() == passing
+        assert [*self.scheduler.running, *self.scheduler.waiting] == before and not self.scheduler.passing
+
+    @precondition(lambda self: not self.scheduler.passing)
     @rule(pages=st.integers(1, 14))
     def make_room(self, pages: int) -> None:
         self.scheduler.make_room(pages)
@@ -276,7 +327,7 @@ class Schedules(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         while self.scheduler.running or self.scheduler.waiting:
-            self.step(fails=1, token=0)
+            self.step(fails=1, token=0, turns=0)
 
 
 TestSchedules = Schedules.TestCase

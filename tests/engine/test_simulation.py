@@ -56,7 +56,7 @@ def test_a_line_is_found_and_follows_what_changes() -> None:
 def test_times_are_those_that_one_adds_up_by_hand() -> None:
     costs = costs_of(1.0, 0.01, 0.1, 0.02)
     tasks = [arrival(0.0, 50, 3, begin=1), arrival(0.5, 100, 2, begin=2), arrival(9.0, 50, 1, begin=1)]
-    simulate(tasks, Scheduler(PagePool(100), Limits(8, 1000)), costs)
+    simulate(tasks, Scheduler(PagePool(100), Limits(8, 1000, False)), costs)
     first = 0.02 * 1.5 + 1.5  # it waits for company: 2 % of its pass
     step = first + 0.12  # the first decodes before the second is computed
     second = step + 2.0
@@ -87,7 +87,9 @@ def test_everybody_ends_in_order_of_arrival_whatever_arrives(decisions: int, req
     while done < decisions:
         longest = generator.choice([300, 1000])
         pages = generator.choice([1, 2, 8]) * -(-longest // PAGE_SIZE)
-        scheduler: Scheduler[Simulated] = Scheduler(PagePool(pages), Limits(generator.choice([1, 4, 64]), longest))
+        scheduler: Scheduler[Simulated] = Scheduler(
+            PagePool(pages), Limits(generator.choice([1, 4, 64]), longest, generator.random() < 0.5)
+        )
         costs = costs_of(*(generator.choice([0.0, 0.01, 1.0]) / size for size in (1, 500, 20, 100)))
         tasks = random_tasks(generator, 60, generator.choice([0.1, 5.0, 1e9]), longest)
         lengths = [len(task.tokens) for task in tasks]
@@ -167,22 +169,24 @@ def test_a_simulation_of_a_simulation_is_exact(tmp_path: Path) -> None:
     """A log whose times are those of a simulation is told again without any error."""
     costs = costs_of(0.0, 0.01, 0.1, 0.0)
     tasks = [arrival(float(number), 30, 5, begin=number) for number in range(40)]
-    events: list[dict[str, Any]] = [{"event": "begin", "pages": 100, "max_batch": 4, "pass_tokens": 100}]
+    events: list[dict[str, Any]] = [
+        {"event": "begin", "pages": 100, "max_batch": 4, "pass_tokens": 100, "interruptible": False}
+    ]
     for number, task in enumerate(tasks):
         at = task.arrived
         events.append({"event": "arrive", "id": number, "at": at, "tokens": 30, "keys": None})
         at += 0.02 * 0.3  # company
-        events.append({"event": "prefill", "ids": [number], "at": at, "seconds": 0.3, "tokens": 30})
+        events.append({"event": "prefill", "ids": [number], "at": at + 0.3, "seconds": 0.3, "tokens": 30})
         for step in range(4):
             events.append(
-                {"event": "decode", "ids": [number], "at": at + 0.3 + 0.1 * step, "seconds": 0.1, "tokens": 1}
+                {"event": "decode", "ids": [number], "at": at + 0.4 + 0.1 * step, "seconds": 0.1, "tokens": 1}
             )
         events.append({"event": "end", "id": number, "at": at + 0.7, "tokens": 35, "failed": False})
     path = tmp_path / "log.jsonl"
     path.write_text("".join(json.dumps(event) + "\n" for event in events))
     found = replay(path)
     assert max(found.ttft_error, found.e2e_error, found.pass_error, found.step_error) < 1e-6
-    simulate(tasks, Scheduler(PagePool(100), Limits(4, 100)), costs)
+    simulate(tasks, Scheduler(PagePool(100), Limits(4, 100, False)), costs)
     assert [task.ended for task in tasks] == pytest.approx([task.arrived + 0.706 for task in tasks])
 
 
@@ -195,16 +199,16 @@ def good_log() -> list[dict[str, Any]]:
     """Two sequences that begin alike; the second is cancelled, and a third one is still under way."""
     keys = ["00112233445566aa", "00112233445566bb"]
     return [
-        {"event": "begin", "pages": 8, "max_batch": 2, "pass_tokens": 100},
+        {"event": "begin", "pages": 8, "max_batch": 2, "pass_tokens": 100, "interruptible": True},
         {"event": "arrive", "id": 0, "at": 5.0, "tokens": 34, "keys": keys},
         {"event": "arrive", "id": 1, "at": 5.1, "tokens": 40, "keys": [keys[0], "00112233445566cc"]},
-        {"event": "prefill", "ids": [0, 1], "at": 5.2, "seconds": 0.5, "tokens": 58},
-        {"event": "decode", "ids": [0, 1], "at": 5.7, "seconds": 0.1, "tokens": 2},
+        {"event": "prefill", "ids": [0, 1], "at": 5.7, "seconds": 0.5, "tokens": 58},
+        {"event": "decode", "ids": [0, 1], "at": 5.8, "seconds": 0.1, "tokens": 2},
         {"event": "end", "id": 1, "at": 5.8, "tokens": 42, "failed": True},
         {"event": "arrive", "id": 2, "at": 5.75, "tokens": 16, "keys": None},
-        {"event": "decode", "ids": [0], "at": 5.9, "seconds": 0.1, "tokens": 1},
+        {"event": "decode", "ids": [0], "at": 6.0, "seconds": 0.1, "tokens": 1},
         {"event": "end", "id": 0, "at": 6.0, "tokens": 37, "failed": False},
-        {"event": "prefill", "ids": [2], "at": 6.1, "seconds": 0.3, "tokens": 16},
+        {"event": "prefill", "ids": [2], "at": 6.4, "seconds": 0.3, "tokens": 16},
     ]
 
 
@@ -325,7 +329,7 @@ def test_what_is_no_log_is_refused(content: str, tmp_path: Path, capsys: pytest.
         replay(path)
     assert main([str(path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
-    begin = '{"event": "begin", "pages": 9, "max_batch": 1, "pass_tokens": 9}\n'
+    begin = '{"event": "begin", "pages": 9, "max_batch": 1, "pass_tokens": 9, "interruptible": true}\n'
     path.write_text(begin)
     with pytest.raises(InputError, match="no request has ended"):
         replay(path)
@@ -381,9 +385,9 @@ def test_any_log_is_told_again_or_refused(changes: list[tuple[str, int, Any, Any
 
 def test_what_has_no_room_is_not_waited_for() -> None:
     for scheduler, task in (
-        (Scheduler[Simulated](PagePool(2), Limits(8, 1000)), arrival(0.0, 50, 3)),
-        (Scheduler[Simulated](PagePool(0), Limits(8, 1000)), arrival(0.0, 1, 3)),
-        (Scheduler[Simulated](PagePool(9), Limits(0, 1000)), arrival(0.0, 1, 3)),
+        (Scheduler[Simulated](PagePool(2), Limits(8, 1000, True)), arrival(0.0, 50, 3)),
+        (Scheduler[Simulated](PagePool(0), Limits(8, 1000, True)), arrival(0.0, 1, 3)),
+        (Scheduler[Simulated](PagePool(9), Limits(0, 1000, True)), arrival(0.0, 1, 3)),
     ):
         with within_time("no room"), pytest.raises(InputError, match="never"):
             simulate([task], scheduler, costs_of(1.0, 0.01, 0.1, 0.02))
@@ -391,7 +395,7 @@ def test_what_has_no_room_is_not_waited_for() -> None:
 
 def test_tasks_come_in_the_order_of_their_arrival() -> None:
     tasks = [arrival(float(at), 20, 2, begin=at) for at in (3, 1, 2)]
-    simulate(tasks, Scheduler(PagePool(9), Limits(1, 100)), costs_of(1.0, 0.01, 0.1, 0.02))
+    simulate(tasks, Scheduler(PagePool(9), Limits(1, 100, True)), costs_of(1.0, 0.01, 0.1, 0.02))
     firsts = [task.first_token or 0.0 for task in tasks]
     assert firsts[1] < firsts[2] < firsts[0]
 

@@ -212,13 +212,15 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 # Where a step of `duo` can fail, in the order of a request's life.
 PLACES = [
-    "residency.read",
+    "directory.read",
     "stream.begin",
+    "directory.write",
     "stream.send_ahead",
     "stream.run",
-    "residency.compute",
-    "residency.settle",
-    "residency.write",
+    "lease.run",
+    "lease.compute",
+    "lease.give_back",
+    "stream.end",
     "decoder.start",
     "decoder.run",
     "decoder.fetcher.fetch",
@@ -338,7 +340,7 @@ def test_an_error_that_cannot_be_told_leaves_no_request_waiting(
     llm: LLM, prompt_of: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor does it keep the engine from ending."""
-    threads = llm._thread._thread, llm.policy.residency.link._thread
+    threads = llm._thread._thread, llm.policy.lease.link._thread
     streams = [llm.submit(prompt, PARAMS) for prompt in prompts_of(prompt_of, 3)]
     monkeypatch.setattr(llm.engine, "_remove", lambda *_, **__: 1 / 0)
     llm.close()
@@ -384,15 +386,15 @@ def test_many_requests_leave_nothing(llm: LLM, prompt_of: Callable[..., list[int
     try:
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(use, range(24)))
-            before = descriptors(), threading.active_count(), len(llm.policy.residency._idle)
+            before = descriptors(), threading.active_count(), len(llm.policy.lease._idle)
             list(pool.map(use, range(120)))
-            after = descriptors(), threading.active_count(), len(llm.policy.residency._idle)
+            after = descriptors(), threading.active_count(), len(llm.policy.lease._idle)
     finally:
         sys.setswitchinterval(interval)
     gc.collect()
     assert held(llm) == (0, 0, 0)
     assert after[:2] == before[:2]
-    assert after[2] <= 5 * len(llm.policy.residency.pool)
+    assert after[2] <= 5 * len(llm.policy.lease.pool)
 
 
 def test_events_for_a_loop_that_has_closed_go_nowhere() -> None:
@@ -511,8 +513,8 @@ stream = llm.stream('The sea ' * 700, long)
 atexit.register(lambda: [threading.Timer(each, os.kill, (os.getpid(), signal.SIGINT)).start() for each in (.05, .1)])
 """,
     "with copies on their way": """
-compute = llm.policy.residency.compute
-llm.policy.residency.compute = lambda *_: 1 / 0
+compute = llm.policy.lease.compute
+llm.policy.lease.compute = lambda *_: 1 / 0
 try: llm.generate('The sea')
 except ZeroDivisionError: pass
 """,
@@ -545,8 +547,8 @@ def test_prompts_of_one_call_are_prefilled_together(
 ) -> None:
     """However threads take turns: which prompts share a pass decides the last bits of what they get."""
     passes: list[int] = []
-    prefill = llm.engine._prefill
-    monkeypatch.setattr(llm.engine, "_prefill", lambda requests: passes.append(len(requests)) or prefill(requests))
+    begin = llm.engine._begin_pass
+    monkeypatch.setattr(llm.engine, "_begin_pass", lambda requests: passes.append(len(requests)) or begin(requests))
     for _ in range(20):
         llm.generate(prompts_of(prompt_of, 4), SamplingParams(max_new_tokens=1))
     assert passes == [4] * 20

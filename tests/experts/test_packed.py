@@ -58,7 +58,7 @@ def all_pack(tiny: Callable[..., Any]) -> Path:
 
 def test_what_packs_is_packed_and_takes_less_of_a_slot(all_pack: Path) -> None:
     llm = packed_llm(all_pack, 6)
-    store = llm.policy.residency.store  # type: ignore[attr-defined]
+    store = llm.policy.lease.store  # type: ignore[attr-defined]
     assert llm.unpacked_layers == []
     assert [rows.shape for rows in store.layers] == [(8, PACKED_BYTES)] * 3
     slots = 6 * ROW_BYTES // PACKED_BYTES
@@ -70,7 +70,7 @@ def test_what_packs_is_packed_and_takes_less_of_a_slot(all_pack: Path) -> None:
 def test_a_layer_that_does_not_pack_stays_plain_and_slots_have_room_for_it(folder: Path) -> None:
     with pytest.warns(RuntimeWarning, match="layer 1 do not pack and stay plain; .* there are 5 instead of 6$"):
         llm = packed_llm(folder, 5)
-    store = llm.policy.residency.store  # type: ignore[attr-defined]
+    store = llm.policy.lease.store  # type: ignore[attr-defined]
     assert llm.unpacked_layers == [UNPACKED]
     assert [rows.shape[1] for rows in store.layers] == [PACKED_BYTES, ROW_BYTES, PACKED_BYTES]
     assert llm.memory["expert_store_bytes"] == 8 * (2 * PACKED_BYTES + ROW_BYTES)
@@ -146,7 +146,9 @@ def test_no_stale_weight_is_ever_read(
     whole, llm = LLM(folder, device="cpu"), packed_llm(folder, slots)
     monkeypatch.setattr("duomoe.experts.decode.SENT_AHEAD", 3)
     policy: Any = llm.policy
-    policy.decoder = Decode(policy.directory, policy.residency.pool, policy.decoder.fetcher, True, Wrong(llm))
+    policy.decoder = Decode(
+        policy.directory, policy.lease.pool, policy.decoder.free, policy.decoder.fetcher, True, Wrong(llm)
+    )
     connect(llm, other := link())
     params = SamplingParams(max_new_tokens=10)
     for lengths in ((20,), (3, 17, 1), (1,)):

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from duomoe import LLM, SamplingParams
-from duomoe.experts.page_routing import PageRouting, Prefix
-from duomoe.experts.prefill import HALF_LIFE, known_of
+from duomoe.experts.page_routing import PageRouting, Prompt
+from duomoe.experts.prefill import HALF_LIFE, _Prompts, prompt_use
 from duomoe.memory.pages import PAGE_SIZE
 
 LAYERS, EXPERTS, TOP_K = 3, 5, 2
@@ -48,11 +48,24 @@ def test_what_is_known_of_a_prompt_fades_with_the_tokens_behind_it() -> None:
     for page, expert in ((0, 1), (2, 3)):
         rows = page * PAGE_SIZE + torch.arange(PAGE_SIZE)
         routing.note(rows, torch.full((1, PAGE_SIZE, 1), expert))
-    known = known_of(routing, [Prefix([0, 2], HALF_LIFE), Prefix([], 7)])
-    assert known is not None and known.tokens == 2 * PAGE_SIZE
-    assert known.counts.tolist() == [[0, 16, 0, 16, 0]]
-    assert known.worth.tolist() == [pytest.approx([0, 16 * 0.5 ** (1.5), 0, 8, 0])]
-    assert known_of(routing, [Prefix([], 3)]) is None
+    prompts = _Prompts([Prompt(1, [0, 2], HALF_LIFE)], routing, 1, EXPERTS)
+    every, late = prompts.shares(0, torch.tensor([[4]]))
+    counts = torch.tensor([0, 16, 0, 16, 1])
+    assert every.tolist() == pytest.approx(prompt_use(counts, 2 * PAGE_SIZE + 1, 1).tolist())
+    worth = torch.tensor([0, 16 * 0.5 ** (1.5), 0, 8, 1])
+    assert late.tolist() == pytest.approx((worth / worth.sum()).tolist())
+
+
+def test_each_prompt_of_a_pass_counts() -> None:
+    """Whichever stands last in it; an expert is needed if any of them needs it."""
+    chosen = torch.tensor([[0]] * 200 + [[1]] * 3 + [[1]] + [[2]] * 3)
+    for order in ((0, 1), (1, 0)):
+        sizes, tokens = [203, 4], [chosen[:203], chosen[203:]]
+        prompts = _Prompts([Prompt(sizes[i], [], sizes[i]) for i in order], None, 1, EXPERTS)
+        every, late = prompts.shares(0, torch.cat([tokens[i] for i in order]))
+        alone = [_Prompts([Prompt(sizes[i], [], sizes[i])], None, 1, EXPERTS).shares(0, tokens[i]) for i in (0, 1)]
+        for found, one, other in zip((every, late), *alone, strict=True):
+            assert found.tolist() == pytest.approx((1 - (1 - one) * (1 - other)).tolist())
 
 
 @pytest.mark.parametrize("policy", ["lru", "duo"])
@@ -66,7 +79,8 @@ def test_decode_begins_with_what_the_whole_prompt_used(
     turn = [*prompt, *answer, 5, 6, 7]
     begun: list[torch.Tensor] = []
     start = llm.policy.decoder.start
-    monkeypatch.setattr(llm.policy.decoder, "start", lambda use: (begun.append(use.clone()), start(use))[1])
+    use = llm.policy.directory.use
+    monkeypatch.setattr(llm.policy.decoder, "start", lambda: (begun.append(use.clone()), start())[1])
     found = [llm.generate(turn, SamplingParams(max_new_tokens=2), salt=salt)[0] for salt in (b"", b"other")]
     assert [each.metrics.cached_tokens for each in found] == [(len(turn) - 4) // PAGE_SIZE * PAGE_SIZE, 0]
     assert found[0].token_ids == found[1].token_ids

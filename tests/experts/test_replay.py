@@ -61,7 +61,7 @@ def hits_of_admit(decodes: Decodes, num_slots: int, rule: Rule, forecast: Tensor
     """Return the hits that `admit` counts over directories, one for each request."""
     _, _, layers, top_k = decodes.experts.shape
     num_experts = decodes.use.shape[2]
-    counts = torch.zeros(2, dtype=torch.int64)
+    counts = torch.zeros(3, dtype=torch.int64)
     for row, steps in enumerate(decodes.steps):
         state = Directory(layers, num_experts, num_slots, torch.device("cpu"))
         state.use.copy_(decodes.use[row])
@@ -152,11 +152,11 @@ def test_decode_goes_by_the_forecast() -> None:
 
     def begin(use: Tensor) -> None:
         starts.append(use.tolist())
+        assert torch.equal(use, policy.directory.use)
         start(use)
 
     predictor.next_use, predictor.start = next_use, begin  # type: ignore[method-assign]
     for _ in range(2):
         llm.generate(TEXTS[0], SamplingParams(max_new_tokens=4, ignore_eos=True))
-        assert starts[-1] == policy.stream.use.tolist()
         assert policy.directory.use.tolist() == [last[index] for index in range(8)]
     assert len(starts) == 2

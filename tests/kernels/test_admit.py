@@ -11,6 +11,8 @@ from kernel_cases import DEVICE, generator
 from torch import Tensor
 
 from duomoe.kernels.admit import (
+    LEASED,
+    NOBODY,
     ONE,
     admit,
     admit_ahead,
@@ -32,8 +34,9 @@ class Rules:
         self.stamp = dict.fromkeys(range(slots), 0)
         self.use = {(layer, expert): 0 for layer in range(layers) for expert in range(experts)}
         self.unproven: set[int] = set()
+        self.leased: set[int] = set()
         self.pending: set[int] = set()
-        self.clock = self.hits = self.misses = 0
+        self.clock = self.hits = self.misses = self.unserved = 0
 
     def slot(self, expert: tuple[int, int]) -> int | None:
         return next((slot for slot, owner in self.owner.items() if owner == expert), None)
@@ -52,12 +55,14 @@ class Rules:
         return distance + self.layers * (65536 // max(self.use[self.owner[slot]], 1) - 1)
 
     def victim(self, spared: set[tuple[int, int]], *how: Any) -> int | None:
-        free = [slot for slot in self.stamp if self.stamp[slot] != self.clock and self.owner.get(slot) not in spared]
+        here = [slot for slot in self.stamp if slot not in self.leased]
+        free = [slot for slot in here if self.stamp[slot] != self.clock and self.owner.get(slot) not in spared]
         return max(free, key=lambda slot: (self.key(slot, *how), -slot), default=None)
 
     def wave(self, chosen: list[int] | None, width: int, *how: Any) -> tuple[list[list[int]], list[list[int]]]:
         """Admit one wave; return `slots` and `misses`."""
         layer = how[0]
+        waited = 0 if chosen is not None else len(self.pending)
         if chosen is not None:
             self.pending = {expert for expert in chosen if expert >= 0}
             for expert in range(self.experts):
@@ -86,6 +91,7 @@ class Rules:
             self.unproven.discard(slot)
             fetched[expert] = slot
             entries.append((self.flat((layer, expert)), slot, 0))
+        self.unserved += len(self.pending) - waited
         slots = [[where.get(expert, -1) for expert in range(self.experts)] for where in (found, fetched)]
         return slots, columns(entries, width)
 
@@ -121,7 +127,7 @@ class State:
         self.last_use, self.unproven = full(slots, dtype=torch.int64), full(slots)
         self.use, self.clock = full(layers, experts), full(1, dtype=torch.int64)
         self.sending = full(1, value=1)
-        self.counts, self.issued = full(2, dtype=torch.int64), full(1, value=-9, dtype=torch.int64)
+        self.counts, self.issued = full(3, dtype=torch.int64), full(1, value=-9, dtype=torch.int64)
         self.pending, self.slots = full(experts), full(2, experts, value=-9)
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -155,6 +161,9 @@ class Steps(RuleBasedStateMachine):
                 self.state.place(self.rules.flat(owner), slot)
                 self.rules.stamp[slot] = data.draw(st.integers(-5, 0))
                 self.state.last_use[slot] = self.rules.stamp[slot]
+            elif slot > 0 and data.draw(st.booleans()):
+                self.rules.leased.add(slot)
+                self.state.owner_of[slot] = LEASED
         self.using: dict[int, int] = {}
         self.experts = torch.empty(0)
         self.how: tuple[int, bool, int] = (0, False, 1)
@@ -214,12 +223,14 @@ class Steps(RuleBasedStateMachine):
     def follows_the_rules(self) -> None:
         rules, state = self.rules, self.state
         every = range(rules.slots)
-        assert state.owner_of.tolist() == [rules.flat(rules.owner[s]) if s in rules.owner else -1 for s in every]
+        nobody = [LEASED if slot in rules.leased else NOBODY for slot in every]
+        owners = [rules.flat(rules.owner[slot]) if slot in rules.owner else nobody[slot] for slot in every]
+        assert state.owner_of.tolist() == owners
         assert state.last_use.tolist() == [rules.stamp[slot] for slot in every]
         assert state.unproven.tolist() == [int(slot in rules.unproven) for slot in every]
         assert state.use.flatten().tolist() == list(rules.use.values())
         assert state.clock.tolist() == [rules.clock]
-        assert state.counts.tolist() == [rules.hits, rules.misses]
+        assert state.counts.tolist() == [rules.hits, rules.misses, rules.unserved]
         assert state.pending.tolist() == [int(expert in rules.pending) for expert in range(rules.experts)]
 
     @invariant()

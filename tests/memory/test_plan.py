@@ -221,7 +221,7 @@ def test_the_ring_is_that_of_the_prefill(tiny: Callable[..., Any]) -> None:
         llm = LLM(tiny("qwen3_moe").path, device="cpu", policy="lru", expert_memory=slots * 13824)
         assert isinstance(llm.policy, Lru)
         assert llm.plan.num_slots == slots
-        assert 1 - llm.policy.stream.spared_below == (slots - llm.plan.ring_slots) // 3
+        assert llm.policy.stream.ring == llm.plan.ring_slots
 
 
 def test_the_host_must_hold_the_experts() -> None:
@@ -283,7 +283,7 @@ def test_what_is_allocated_is_what_was_planned(
     weights = storages(model.embedding, model.final_norm, model.head, *(w for block in model.blocks for w in block))
     pages = storages(*(tensor for layer in llm.engine.cache.layers for tensor in layer))
     slots = (
-        storages(llm.policy.residency.pool.rows)  # type: ignore[attr-defined]
+        storages(llm.policy.lease.pool.rows)  # type: ignore[attr-defined]
         if plan.policy != "resident"
         else storages(*(view for views in llm.policy.weights for view in views.values()))  # type: ignore[attr-defined]
     )
@@ -426,7 +426,10 @@ def test_few_tokens_have_room_for_their_partial_sums(tiny: Callable[..., Any]) -
     parts = llm.plan.workspace()
     h, weights, experts = torch.zeros(2, 512), torch.ones(2, 4), torch.arange(8, dtype=torch.int32).view(2, 4)
     with LiveBytes() as inside:
-        llm.policy.experts(0, [h], [Routing(weights, experts)])
+        routings = [Routing(weights, experts)]
+        total = llm.policy.layer_sum([h], routings)
+        llm.policy.experts(0, total, [h], routings)
+        total.totals()
     assert parts["decode experts"] / 2 <= inside.peak <= parts["decode experts"] + parts["experts"]
 
 

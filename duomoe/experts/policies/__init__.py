@@ -7,7 +7,7 @@ from duomoe.experts.policies.layer_prefetch import LayerPrefetch
 from duomoe.experts.policies.lru import Lru
 from duomoe.experts.policies.moe_infinity import MoeInfinity
 from duomoe.experts.policies.on_demand import OnDemand
-from duomoe.experts.policies.policy import Policy
+from duomoe.experts.policies.policy import Pass, Policy, finished
 from duomoe.experts.policies.resident import Resident
 
 # Those that run with fewer slots than experts.
@@ -23,4 +23,4 @@ STREAMING = {name: policy for name, policy in BOUNDED.items() if issubclass(poli
 # Of these, those that have use for a predictor.
 PREDICTED = [name for name, policy in STREAMING.items() if policy.predicted]
 
-__all__ = ["BOUNDED", "PREDICTED", "STREAMING", "Policy", "Resident"]
+__all__ = ["BOUNDED", "PREDICTED", "STREAMING", "Pass", "Policy", "Resident", "finished"]

@@ -1,14 +1,12 @@
 """What the policies that keep some experts on the device, and all of them on the host, have in common."""
 
-import torch
-
+from duomoe.experts.lease import Lease
 from duomoe.experts.link import Link
 from duomoe.experts.policies.policy import Policy
 from duomoe.experts.predictor import Predictor
-from duomoe.experts.residency import Residency
 from duomoe.experts.slots import SlotPool
 from duomoe.experts.store import ExpertStore
-from duomoe.models import Model, Routing
+from duomoe.models import Model
 
 
 class BoundedPolicy(Policy):
@@ -20,24 +18,21 @@ class BoundedPolicy(Policy):
         num_slots: how many of them the device holds.
         link: from the one to the other.
         predictor: says which experts the next layers are likely to need; None where there is none.
+
+    Attributes:
+        lease: the slots that the host fills.
     """
 
     def __init__(
         self, model: Model, store: ExpertStore, num_slots: int, link: Link, predictor: Predictor | None
     ) -> None:
         super().__init__(model, store)
-        pool = SlotPool(store.formats, num_slots, model.device)
-        self.residency = Residency(store, pool, link, self.traffic)
+        self.lease = Lease(store, SlotPool(store.formats, num_slots, model.device), link, self.traffic)
 
     def close(self) -> None:
         """Close the link."""
-        self.residency.link.close()
+        self.lease.link.close()
 
     def forget(self) -> None:
         """After a failure nothing counts as resident."""
-        self.residency.forget()
-
-    def needed(self, routings: list[Routing]) -> list[int]:
-        """Return the experts that any token chose, in ascending order; waits for the device."""
-        chosen = torch.cat([routing.experts.flatten() for routing in routings]).unique()
-        return [expert for expert in chosen.tolist() if expert >= 0]  # host-sync ok: for schedules that the host runs
+        self.lease.forget()

@@ -2,14 +2,16 @@
 to prefetch and what to keep. After MoE-Infinity (arXiv 2401.14361).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from duomoe.experts.compute import LayerSum
 from duomoe.experts.link import Link
-from duomoe.experts.page_routing import Prefix
-from duomoe.experts.policies.bounded import BoundedPolicy
+from duomoe.experts.page_routing import Prompt
+from duomoe.experts.policies.hosted import HostedPolicy
+from duomoe.experts.policies.policy import Pass
 from duomoe.experts.predictor import Predictor
 from duomoe.experts.store import ExpertStore
 from duomoe.models import Batch, LayerKV, Model, Routing
@@ -21,7 +23,7 @@ REMEMBERED = 128
 WORTH = 1 << 30
 
 
-class MoeInfinity(BoundedPolicy):
+class MoeInfinity(HostedPolicy):
     """Caches by the matched request's counts, and prefetches the next layer's experts by them."""
 
     def __init__(
@@ -31,28 +33,26 @@ class MoeInfinity(BoundedPolicy):
         self.used = torch.zeros(len(store.layers), store.num_experts)  # by the present request, how often
         self.library: list[Tensor] = []  # the same of earlier ones
 
-    def prefill(self, chunks: Sequence[Batch], kv: Sequence[LayerKV], prefixes: Sequence[Prefix] = ()) -> list[Tensor]:
+    def prefill(self, chunks: Sequence[Batch], kv: Sequence[LayerKV], prompts: Sequence[Prompt], beside: bool) -> Pass:
         """Begin a request, or several that count as one."""
         if self.used.any():
             self.library = [*self.library, self.used][-REMEMBERED:]
             self.used = torch.zeros_like(self.used)
-        return super().prefill(chunks, kv, prefixes)
+        return super().prefill(chunks, kv, prompts, beside)
 
-    def experts(self, index: int, inputs: list[Tensor], routings: list[Routing]) -> list[Tensor]:
+    def experts(self, index: int, total: LayerSum, inputs: list[Tensor], routings: list[Routing]) -> Iterator[None]:
         """Compute the layer, and prefetch for the next one as soon as all of this one is on its way."""
-        total = self.layer_sum(inputs, routings)
         needed = self.needed(routings)
         for routing in routings:
             chosen = routing.experts.cpu().flatten().long()  # host-sync ok: the schedule runs on the host
             self.used[index] += torch.bincount(chosen[chosen >= 0], minlength=self.used.shape[1])
         worth = self._worth()
         stamps = dict(enumerate(worth[index].tolist()))  # host-sync ok: is on the host
-        self.residency.release(index, set(stamps) - set(needed))
-        self.residency.run(
+        self.lease.release(index, set(stamps) - set(needed))
+        yield from self.lease.run(
             total, index, needed, "demand_bytes", stamps=stamps, after_wave=lambda: self._prefetch(index + 1, worth)
         )
         self._prefetch(index + 1, worth)
-        return total.totals()
 
     def _worth(self) -> Tensor:
         """Return int64 [layers, experts]: the share of its layer's uses that each expert has in the best match.
@@ -72,13 +72,13 @@ class MoeInfinity(BoundedPolicy):
         """Send the experts of a layer that the match used, most used first, over what is worth less."""
         if index >= len(worth):
             return
-        residency = self.residency
+        lease = self.lease
         order = worth[index].argsort(descending=True, stable=True)
         likely = [int(expert) for expert in order[: self.model.config.top_k] if worth[index, expert] > 0]
-        for expert in residency.absent(index, likely):
+        for expert in lease.absent(index, likely):
             least = int(worth[index, expert])
-            if not residency.fetch(index, expert, "prefetched_bytes", below=least):
+            if not lease.fetch(index, expert, "prefetched_bytes", below=least):
                 break
-            slot = residency.slot(index, expert)
+            slot = lease.slot(index, expert)
             assert slot is not None
-            residency.last_use[slot] = least
+            lease.last_use[slot] = least

@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from duomoe.experts.compute import LayerSum
 from duomoe.experts.link import Traffic
 from duomoe.experts.policies.policy import Policy
 from duomoe.experts.store import ExpertStore
@@ -21,6 +22,7 @@ class Resident(Policy):
     """
 
     can_be_captured = True
+    interruptible = True
 
     def __init__(self, model: Model, store: ExpertStore, expands_quantised: bool) -> None:
         super().__init__(model, store)
@@ -29,7 +31,7 @@ class Resident(Policy):
         self.slots = torch.arange(store.num_experts, dtype=torch.int32, device=model.device)
         self.used = torch.zeros((), dtype=torch.int64, device=model.device)
 
-    def experts(self, index: int, inputs: list[Tensor], routings: list[Routing]) -> list[Tensor]:
+    def experts(self, index: int, total: LayerSum, inputs: list[Tensor], routings: list[Routing]) -> tuple[()]:
         """Compute all experts in one wave."""
         if self.slots.is_cpu and sum(len(routing.experts) for routing in routings) == 1:
             # One token's experts are distinct, and on a CPU nothing is padding.
@@ -40,9 +42,8 @@ class Resident(Policy):
             for routing in routings:
                 seen.index_fill_(0, routing.experts.flatten().long(), 1)  # padding, -1, goes to the last place
             self.used += seen[:-1].sum()
-        total = self.layer_sum(inputs, routings)
         total.wave(self.weights[index], self.slots, len(self.slots))
-        return total.totals()
+        return ()
 
     def traffic_so_far(self) -> Traffic:
         """Return a copy of the counts: every use is a hit."""

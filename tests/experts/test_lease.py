@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from duomoe.experts.format import plain_format
+from duomoe.experts.lease import NEVER, Lease
 from duomoe.experts.link import Link, Traffic
-from duomoe.experts.residency import NEVER, Residency
-from duomoe.experts.slots import Directory, SlotPool
+from duomoe.experts.slots import SlotPool
 from duomoe.experts.store import ExpertStore
 
 LAYERS, EXPERTS = 3, 5
@@ -51,7 +51,8 @@ class Machine(RuleBasedStateMachine):
             store.add(store.rows(row).copy_(torch.arange(EXPERTS)[:, None] + 10 * layer), row)
         self.pool = SlotPool(store.formats, slots, CPU)
         self.traffic = Traffic()
-        self.residency = Residency(store, self.pool, Instant(), self.traffic)
+        self.lease = Lease(store, self.pool, Instant(), self.traffic)
+        self.lease.take(dict.fromkeys(range(slots)), {})
         self.owner: dict[int, tuple[int, int]] = {}
         self.last_use = dict.fromkeys(range(slots), NEVER)
         self.pinned: set[int] = set()
@@ -67,10 +68,10 @@ class Machine(RuleBasedStateMachine):
         layer, expert = data.draw(st.sampled_from(self.absent()))
         free = {slot: used for slot, used in self.last_use.items() if slot not in self.pinned}
         free = {slot: used for slot, used in free.items() if below is None or used < below}
-        done = self.residency.fetch(layer, expert, "demand_bytes", below)
+        done = self.lease.fetch(layer, expert, "demand_bytes", below)
         assert done == bool(free)
         if done:
-            slot = self.residency.slot(layer, expert)
+            slot = self.lease.slot(layer, expert)
             assert slot is not None and free[slot] == min(free.values())
             self.owner[slot] = layer, expert
             self.pinned.add(slot)
@@ -83,58 +84,61 @@ class Machine(RuleBasedStateMachine):
         mine = {expert: slot for slot, (index, expert) in self.owner.items() if index == layer}
         wave = data.draw(st.lists(st.sampled_from(sorted(mine)), min_size=1, unique=True))
         total = Sum()
-        self.residency.compute(total, layer, wave, None if stamp is None else dict.fromkeys(wave, stamp))  # type: ignore[arg-type]
+        self.lease.compute(total, layer, wave, None if stamp is None else dict.fromkeys(wave, stamp))  # type: ignore[arg-type]
         assert total.slots == [mine[expert] if expert in wave else -1 for expert in range(EXPERTS)]
         for expert in wave:
-            self.last_use[mine[expert]] = self.residency.clock if stamp is None else stamp
+            self.last_use[mine[expert]] = self.lease.clock if stamp is None else stamp
             self.pinned.discard(mine[expert])
 
     @rule(layer=st.integers(0, LAYERS - 1), experts=st.sets(st.integers(0, EXPERTS - 1)))
     def release(self, layer: int, experts: set[int]) -> None:
-        self.residency.release(layer, experts)
+        self.lease.release(layer, experts)
         self.pinned -= {slot for slot, (index, expert) in self.owner.items() if index == layer and expert in experts}
 
     @rule(stamp=st.integers(-5, 20), slot=st.integers(0, 8))
     def stamp(self, stamp: int, slot: int) -> None:
         if slot in self.owner:
-            self.residency.stamp(slot, stamp)
+            self.lease.stamp(slot, stamp)
             self.last_use[slot] = stamp
             self.pinned.discard(slot)
 
-    @rule(unproven=st.sets(st.integers(0, 8)))
-    def through_a_directory(self, unproven: set[int]) -> None:
-        directory = Directory(LAYERS, EXPERTS, len(self.pool), CPU)
-        self.residency.settle()
-        self.residency.write(directory)
-        lost = {slot for slot in unproven if slot in self.owner}
-        directory.unproven[list(lost)] = 1
-        for (layer, expert), slot in ((owner, slot) for slot, owner in self.owner.items()):
-            assert directory.slot_of[layer, expert] == slot and directory.owner_of[slot] == layer * EXPERTS + expert
-        self.residency.read(directory)
-        self.pinned.clear()
-        for slot in lost:
-            del self.owner[slot]
-            self.last_use[slot] = NEVER
+    @precondition(lambda self: self.last_use)
+    @rule(data=st.data(), stamp=st.integers(-5, 20))
+    def give_back_and_take(self, data: st.DataObject, stamp: int) -> None:
+        slot = data.draw(st.sampled_from(sorted(self.last_use)))
+        owner = self.lease.give_back(slot)
+        assert owner == self.owner.get(slot) and slot not in self.lease.slots
+        self.lease.take({slot: owner}, {slot: stamp})
+        self.last_use[slot] = NEVER if owner is None else stamp
+        self.pinned.discard(slot)
+
+    @precondition(lambda self: len(self.last_use) > 1)
+    @rule(data=st.data())
+    def give_back(self, data: st.DataObject) -> None:
+        slot = data.draw(st.sampled_from(sorted(self.last_use)))
+        assert self.lease.give_back(slot) == self.owner.pop(slot, None)
+        del self.last_use[slot]
+        self.pinned.discard(slot)
 
     @rule()
     def forget(self) -> None:
-        self.residency.forget()
+        self.lease.forget()
         self.owner.clear()
         self.pinned.clear()
         self.last_use = dict.fromkeys(self.last_use, NEVER)
 
     @invariant()
     def agrees(self) -> None:
-        if not hasattr(self, "residency"):
+        if not hasattr(self, "lease"):
             return
-        assert {slot: owner for slot in range(len(self.pool)) if (owner := self.residency.owner(slot))} == self.owner
+        assert {slot: owner for slot in range(len(self.pool)) if (owner := self.lease.owner(slot))} == self.owner
         for layer in range(LAYERS):
             mine = {expert: slot for slot, (index, expert) in self.owner.items() if index == layer}
-            assert self.residency.residents(layer) == mine
+            assert self.lease.residents(layer) == mine
         for slot, (layer, expert) in self.owner.items():
             assert self.pool.rows[slot].eq(10 * layer + expert).all()
         assert self.traffic.demand_bytes == self.fetched * self.pool.rows.shape[1]
 
 
-TestResidency = Machine.TestCase
-TestResidency.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestLease = Machine.TestCase
+TestLease.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)

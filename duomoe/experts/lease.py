@@ -1,17 +1,19 @@
-"""Experts in slots, as the host decides: who gets one, who loses one, and when what is on its way may be used."""
+"""Slots that the host fills: which experts come into them, which go, and when what is on its way may be used.
 
+The directory (slots.py) says who owns a slot, and marks those that are leased. What is in a leased slot is known only
+here, until the directory is told.
+"""
+
+import contextlib
 import heapq
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from duomoe.experts.compute import LayerSum
 from duomoe.experts.link import Link, LinkError, Traffic
-from duomoe.experts.slots import Directory, SlotPool
+from duomoe.experts.slots import SlotPool
 from duomoe.experts.store import ExpertStore
 
 # The last use of an empty slot: it is given away before any other.
@@ -25,12 +27,12 @@ LARGEST_WAVE = 8
 MOST_ENTRIES = 4
 
 
-class Residency:
-    """The slots of a bounded policy.
+class Lease:
+    """Some slots of a pool, and what is in them.
 
-    A slot has at most one owner, and an expert at most one slot. What the current layer still needs, and what is on its
-    way to be used, is never given up; a slot is overwritten only behind the last computation that read it, and read
-    only once its copy has arrived.
+    A slot has at most one owner, and an expert at most one of the slots. What the current layer still needs, and what
+    is on its way to be used, is never given up; a slot is overwritten only behind the last computation that read it,
+    and read only once its copy has arrived.
 
     Args:
         store: where all experts are.
@@ -39,22 +41,53 @@ class Residency:
         traffic: counts what crosses.
 
     Attributes:
-        last_use: of each slot, larger is later; the slot with the smallest is the first to be given away.
+        slots: the leased ones.
+        last_use: of each of them, larger is later; the slot with the smallest is the first to be given away.
     """
 
     def __init__(self, store: ExpertStore, pool: SlotPool, link: Link, traffic: Traffic) -> None:
         self.store, self.pool, self.link, self.traffic = store, pool, link, traffic
         self.clock = 0
+        self.slots: set[int] = set()
         self._wave = max(1, min(LARGEST_WAVE, len(pool) // 16))
         self._slot_of: list[dict[int, int]] = [{} for _ in store.layers]  # of each layer's experts that have one
         self._owner: list[tuple[int, int] | None] = [None] * len(pool)
         self.last_use = [NEVER] * len(pool)
-        self._idle = [(NEVER, slot) for slot in range(len(pool))]  # a heap; entries that are no longer true are skipped
+        self._idle: list[tuple[int, int]] = []  # a heap; entries that are no longer true are skipped
         self._pinned: set[int] = set()  # slots that may not be given away now
         self._copies: dict[int, Any] = {}  # of slots whose expert has not been waited for
         self._unused: set[int] = set()  # slots whose expert was prefetched and not needed since
         self._marks: list[Any] = [None] * len(pool)  # behind the last computation that read each slot
         weakref.finalize(self, link.close).atexit = False  # the link's thread ends with the last user of its slots
+
+    def take(self, slots: Mapping[int, tuple[int, int] | None], last_use: Mapping[int, int]) -> None:
+        """Add slots with what is in them. Whatever has read them has ended, or was launched by `wave`.
+
+        Args:
+            slots: the (layer, expert) whose row is whole in each, or None.
+            last_use: what counts as the last use of each that has an owner.
+        """
+        for slot, owner in slots.items():
+            assert slot not in self.slots, "a slot is leased once"
+            self.slots.add(slot)
+            self.last_use[slot] = NEVER if owner is None else last_use[slot]
+            if owner is not None:
+                self._place(*owner, slot)
+            self._let_go(slot)
+
+    def give_back(self, slot: int) -> tuple[int, int] | None:
+        """Give a slot up; return whose row is whole in it for whatever is computed from now on, or None."""
+        owner = self._owner[slot]
+        if owner is not None:
+            try:
+                if slot in self._copies:
+                    self.link.wait(self._copies.pop(slot))
+            except LinkError:
+                owner = None
+            self._empty(slot)
+        self.slots.remove(slot)
+        self._pinned.discard(slot)
+        return owner
 
     def slot(self, index: int, expert: int) -> int | None:
         """Return the slot of a MoE layer's expert, or None."""
@@ -73,9 +106,13 @@ class Residency:
         return [expert for expert in experts if expert not in self._slot_of[index]]
 
     def stamp(self, slot: int, last_use: int) -> None:
-        """Change what counts as a slot's last use."""
+        """Change what counts as a slot's last use; it may be given away."""
         self.last_use[slot] = last_use
         self._let_go(slot)
+
+    def is_settled(self, slot: int) -> bool:
+        """Return whether the row of a slot's owner is there, and no layer still needs it."""
+        return self._owner[slot] is not None and slot not in self._copies and slot not in self._pinned
 
     def fetch(self, index: int, expert: int, cause: str, below: int | None = None) -> bool:
         """Send an expert to the slot that was used least recently, to stay there until it is computed or released.
@@ -104,7 +141,7 @@ class Residency:
     def _free_slot(self, below: int | None) -> int | None:
         while self._idle:
             last_use, slot = self._idle[0]
-            if slot in self._pinned or last_use != self.last_use[slot]:
+            if slot in self._pinned or slot not in self.slots or last_use != self.last_use[slot]:
                 heapq.heappop(self._idle)
             elif below is not None and last_use >= below:
                 return None
@@ -116,7 +153,7 @@ class Residency:
         self._pinned.discard(slot)
         heapq.heappush(self._idle, (self.last_use[slot], slot))
         if len(self._idle) > MOST_ENTRIES * len(self.pool):
-            self._idle = [(self.last_use[slot], slot) for slot in range(len(self.pool)) if slot not in self._pinned]
+            self._idle = [(self.last_use[slot], slot) for slot in self.slots - self._pinned]
             heapq.heapify(self._idle)
 
     def _place(self, index: int, expert: int, slot: int) -> None:
@@ -142,26 +179,22 @@ class Residency:
             experts: those of the wave; each has a slot.
             stamps: what each counts as its last use from now on; None is the time.
         """
-        slots = [self._slot_of[index][expert] for expert in experts]
-        for slot in slots:
+        slots = {expert: self._slot_of[index][expert] for expert in experts}
+        for slot in slots.values():
             if slot in self._copies:
                 self.link.wait(self._copies.pop(slot))
-        total.wave(self.pool.views[index], self._table(index, experts), len(experts))
-        mark = self.link.mark()
+        self.wave(total, index, slots)
         self.clock += 1
-        for slot, expert in zip(slots, experts, strict=True):
-            self._marks[slot] = mark
+        for expert, slot in slots.items():
             self.last_use[slot] = self.clock if stamps is None else stamps[expert]
             self._let_go(slot)
 
-    def _table(self, index: int, experts: list[int]) -> Tensor:
-        """Return int32 [experts] on the device: the slots of these experts of a layer, -1 for all others."""
-        table = [-1] * self.store.num_experts
-        for expert in experts:
-            table[expert] = self._slot_of[index][expert]
-        device = self.pool.rows.device
-        # From memory that is not pinned, a copy would wait for all that is queued on the device.
-        return torch.tensor(table, dtype=torch.int32, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    def wave(self, total: LayerSum, index: int, slots: Mapping[int, int]) -> None:
+        """Add experts of a layer to its sum, by the slots, leased or not, in which their rows are."""
+        total.wave(self.pool.views[index], self.pool.table(slots, self.store.num_experts), len(slots))
+        mark = self.link.mark()
+        for slot in slots.values():
+            self._marks[slot] = mark
 
     def run(
         self,
@@ -171,9 +204,11 @@ class Residency:
         cause: str,
         below: int | None = None,
         stamps: Mapping[int, int] | None = None,
+        meanwhile: Callable[[], None] = lambda: None,
         after_wave: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Compute all experts that a layer needs: those in slots at once, the others as they arrive.
+        make_room: Callable[[], None] = lambda: None,
+    ) -> Iterator[None]:
+        """Compute all experts that a layer needs, wave by wave: those in slots at once, the others as they arrive.
 
         Args:
             total: the layer's sum.
@@ -182,7 +217,12 @@ class Residency:
             cause: the counter of `Traffic` for what has to be fetched.
             below: as in `fetch`; overruled where the layer could not go on otherwise.
             stamps: as in `compute`.
+            meanwhile: called once the first copies are sent, before anything is computed; may change `stamps`.
             after_wave: called after each wave once all of the layer's copies are sent; may fetch for later layers.
+            make_room: called when no slot is to be had that counts as used before `below`; may let others go.
+
+        Yields:
+            After each wave.
         """
         for expert in needed:
             slot = self.slot(index, expert)
@@ -203,13 +243,19 @@ class Residency:
                 (coming if slot in self._copies else here).append(expert)
 
         def send() -> None:
-            while absent and self.fetch(index, absent[0], cause, below):
+            while absent:
+                if not self.fetch(index, absent[0], cause, below):
+                    make_room()
+                    if not self.fetch(index, absent[0], cause, below):
+                        break
                 coming.append(absent.popleft())
 
         send()
+        meanwhile()
         if here:
             self.compute(total, index, here, stamps)
             send()
+            yield
         while coming or absent:
             if not coming:
                 fetched = self.fetch(index, absent[0], cause)
@@ -222,64 +268,33 @@ class Residency:
             send()
             if not absent:
                 after_wave()
+            yield
 
     def _has_arrived(self, index: int, expert: int) -> bool:
         copy = self._copies.get(self._slot_of[index][expert])
         return copy is None or self.link.has_arrived(copy)
 
-    def settle(self) -> None:
-        """Wait for all copies that are on their way, whoever they are for; a slot whose copy fails is empty then."""
-        for slot in list(self._copies):
-            try:
-                self.link.wait(self._copies[slot])
-            except LinkError:
-                self._empty(slot)
-        self._copies.clear()
-        for slot in list(self._pinned):
-            self._let_go(slot)
-
     def _empty(self, slot: int) -> None:
-        """Take a slot from its owner, whose copy has failed."""
+        """Take a slot from its owner."""
         owner = self._owner[slot]
-        assert owner is not None, "a copy is for an owner"
+        assert owner is not None, "an empty slot has no owner to lose"
         del self._slot_of[owner[0]][owner[1]]
         self._owner[slot] = None
-        self._copies.pop(slot)
+        self._copies.pop(slot, None)
         self._unused.discard(slot)
         self.last_use[slot] = NEVER
         self._let_go(slot)
 
     def forget(self) -> None:
-        """Empty all slots."""
+        """Empty all slots, whatever was on its way to them; what is computed from now on is behind that."""
+        for copy in self._copies.values():
+            with contextlib.suppress(LinkError):
+                self.link.wait(copy)
         self._copies.clear()
-        self._take_over([-1] * len(self.pool), [NEVER] * len(self.pool))
-
-    def read(self, directory: Directory) -> None:
-        """Take over the slots as a directory has them, but for those whose row may be there in part only."""
-        owners = torch.where(directory.unproven == 0, directory.owner_of, -1)
-        last_use = torch.where(owners >= 0, directory.last_use, NEVER)
-        # Prefill's decisions are the host's, and begin with what decode has left.
-        self._take_over(owners.tolist(), last_use.tolist())  # host-sync ok: once when a prefill takes over
-
-    def write(self, directory: Directory) -> None:
-        """Hand the slots over to a directory."""
-        owners = [-1 if owner is None else owner[0] * self.store.num_experts + owner[1] for owner in self._owner]
-        where = [[layer.get(expert, -1) for expert in range(self.store.num_experts)] for layer in self._slot_of]
-        directory.owner_of.copy_(torch.tensor(owners))
-        directory.slot_of.copy_(torch.tensor(where).view_as(directory.slot_of))
-        directory.last_use.copy_(torch.tensor(self.last_use))
-        directory.unproven.zero_()
-
-    def _take_over(self, owners: list[int], last_use: list[int]) -> None:
-        """Let the slots have these owners, numbered over all layers, -1 for none."""
-        self._pinned.clear()
         self._unused.clear()
+        self._pinned.clear()
         for layer in self._slot_of:
             layer.clear()
-        self.last_use = last_use
-        self._idle = [(used, slot) for slot, used in enumerate(last_use)]
-        heapq.heapify(self._idle)
-        for slot, owner in enumerate(owners):
-            self._owner[slot] = None
-            if owner >= 0:
-                self._place(*divmod(owner, self.store.num_experts), slot)
+        for slot in self.slots:
+            self._owner[slot], self.last_use[slot] = None, NEVER
+        self._idle = [(NEVER, slot) for slot in self.slots]
