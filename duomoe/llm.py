@@ -180,8 +180,8 @@ class LLM:
         self.max_model_len = plan.max_model_len
         cache = KVCache(self.config, plan.num_pages, device, plan.dtype)
         assert cache.num_bytes == plan.kv_bytes, "the KV pages are not as planned"
-        limits = Limits(plan.max_batch, plan.pass_tokens, policy.interruptible)
-        scheduler: Scheduler[Request] = Scheduler(cache.pages, limits)
+        bounds = Limits(plan.max_batch, plan.pass_tokens, policy.interruptible)
+        scheduler: Scheduler[Request] = Scheduler(cache.pages, bounds)
         decode_step = DecodeStep(
             model,
             policy,

@@ -139,7 +139,8 @@ class PrefillStream:
 
     def __init__(self, lease: Lease, directory: Directory, top_k: int) -> None:
         self.lease, self.directory, self.top_k = lease, directory, top_k
-        self.num_layers, self.num_experts = directory.slot_of.shape
+        self.num_layers: int = directory.slot_of.shape[0]
+        self.num_experts: int = directory.slot_of.shape[1]
         slots = len(lease.pool)
         self.ring = ring_slots(slots, self.num_experts)
         # So many of a layer's experts can have slots outside the ring; their slots in it wait to be adopted.

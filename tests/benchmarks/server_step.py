@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 import httpx
 
@@ -19,23 +20,26 @@ STREAMS, TOKENS = 64, 200
 
 def slow_steps(seconds: float) -> list[float]:
     """Let decode steps only sleep; return where the periods of full ones are collected."""
+    from duomoe.engine.decode_step import Sampled
     from duomoe.engine.engine import Engine
     from duomoe.engine.request import Request
 
-    compute, begins, periods = Engine._advance, [0.0], []
+    advance_pass, begins, periods = Engine._advance_pass, [0.0], []
 
-    def step(self: Engine, requests: list[Request], prefill: bool) -> list[int]:
-        if prefill:
-            begins[0] = 0.0
-            return compute(self, requests, prefill)
+    def passing(self: Engine, admitted: Sequence[Request]) -> None:
+        begins[0] = 0.0
+        advance_pass(self, admitted)
+
+    def step(self: Engine, requests: list[Request]) -> None:
         now = time.perf_counter()
         if begins[0] and len(requests) == STREAMS:
             periods.append(now - begins[0])
         begins[0] = now
+        self._hand_over()
         time.sleep(seconds)
-        return [500 + request.length % 7 for request in requests]
+        self._accept(requests, [Sampled(500 + request.length % 7, None) for request in requests])
 
-    Engine._advance = step  # type: ignore[method-assign]
+    Engine._advance_pass, Engine._decode = passing, step  # type: ignore[method-assign]
     return periods
 
 

@@ -239,15 +239,15 @@ def test_a_request_ends_with_its_time(llm: LLM) -> None:
 
 
 def test_a_device_that_computes_no_more_ends_the_service(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: object, requests: object, *, prefill: bool) -> None:
+    def fail(*_: object) -> None:
         raise RuntimeError("a kernel went wrong")
 
     server = InProcess(llm)
     with monkeypatch.context() as patched:
-        patched.setattr(type(llm.engine), "_advance", fail)
+        patched.setattr(type(llm.engine), "_begin_pass", fail)
         assert server.error("/v1/completions", 500, {"prompt": "a"})["type"] == "server_error"
         assert server.get("/health").json() == {"status": "ready"}  # it was the request's step alone
-        patched.setattr(llm, "check_device", lambda: fail(None, None, prefill=False))
+        patched.setattr(llm, "check_device", fail)
         server.error("/v1/completions", 500, {"prompt": "a"})
     assert server.get("/health").json() == {"status": "failed", "reason": "a kernel went wrong"}
 
