@@ -34,7 +34,7 @@ def test_whoever_is_called_as_our_threads_waits_all_the_same(tiny: Callable[...,
 def test_the_threads_that_the_end_depends_on_do_not_wait_for_it(tiny: Callable[..., Any]) -> None:
     """A destructor may run in the link's thread, and close the model there."""
     llm = LLM(tiny("qwen3_moe").path, device="cpu", policy="lru", expert_memory="100KB")
-    link = llm.policy.residency.link
+    link = llm.policy.lease.link
     move, done = link._move, threading.Event()
 
     def closing(*args: Any) -> None:

@@ -144,7 +144,7 @@ class PrefillStream:
         slots = len(lease.pool)
         self.ring = ring_slots(slots, self.num_experts)
         # So many of a layer's experts can have slots outside the ring; their slots in it wait to be adopted.
-        self.kept = -(-(slots - self.ring) // max(1, self.num_layers))
+        self.kept: int = -(-(slots - self.ring) // max(1, self.num_layers))
         self.stale = True
         self._changed = False  # the device does not know yet
         self._owners = torch.full((slots,), NOBODY)  # whose each slot is
