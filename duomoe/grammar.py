@@ -29,9 +29,9 @@ REMEMBERED = 1024
 MISSING = "grammars need llguidance; install it with: pip install 'duomoe[grammar]'"
 
 # The trial's. Templates have another process, so no grammar delays a template there. Grammars are tried one at a time:
-# who sends a slow one delays those of others by the time that a trial may take. Whoever has waited for so many seconds
-# is told to try again, so that a row of slow ones does not hold up the threads of a server. What has passed before is
-# not tried again, so clients that use the same grammars are not delayed at all.
+# who sends a slow one delays those of others by the time that a trial may take. One thread waits for so many seconds,
+# and is then told to try again, as all others are at once, so that a row of slow ones does not hold up the threads of a
+# server. What has passed before is not tried again, so clients that use the same grammars are not delayed at all.
 PROCESS = LimitedProcess("duomoe.limited.grammars", "tries grammars", "llguidance", MISSING, patience=5.0)
 
 # How llguidance knows the kinds of source.

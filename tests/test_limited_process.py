@@ -129,6 +129,21 @@ def test_threads_take_turns(process: LimitedProcess) -> None:
     assert found == [str(n) for n in range(200)]
 
 
+def test_one_thread_at_a_time_waits_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others that come meanwhile have other work to do."""
+    process = process_of(tmp_path, monkeypatch, WORKER, patience=60.0)
+    with ThreadPoolExecutor(1) as pool:
+        with process._lock:
+            first = pool.submit(process.ask, request("echo", "first"))
+            while not process._waiting.locked():
+                time.sleep(0.01)
+            with pytest.raises(Busy, match="try again later"):
+                process.ask(request("echo", "second"))
+        assert first.result(30) == "first"
+    assert process.ask(request("echo", "third")) == "third" and not process._waiting.locked()
+    process.close()
+
+
 def test_who_waits_too_long_is_told_to_try_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     process = process_of(tmp_path, monkeypatch, WORKER, patience=0.1)
     with process._lock, pytest.raises(Busy, match="try again later"):

@@ -16,6 +16,10 @@ START_SECONDS = 60.0
 SECONDS = 5.0  # for one request
 MAX_REPLY_BYTES = 256 << 20
 
+# Where turns are not waited for without end, all may wait so many seconds for one, and only one thread for longer:
+# others have work besides, which slow requests of a stranger's are not to hold up.
+BRIEFLY = 0.1
+
 # All that a limited process sees of this one's environment, which may hold secrets.
 KEPT = ("TZ", "LD_LIBRARY_PATH", "PYTHONHOME")
 
@@ -43,13 +47,14 @@ class LimitedProcess:
         purpose: what it does, as "renders chat templates".
         library: that it imports.
         remedy: what to do where that is not installed.
-        patience: seconds that a thread waits for its turn, while others have theirs; None for as long as it takes.
+        patience: seconds that one thread may wait for its turn, while others have theirs; further ones wait `BRIEFLY`.
+            None is for as long as it takes, whoever waits.
     """
 
     def __init__(self, module: str, purpose: str, library: str, remedy: str, patience: float | None = None) -> None:
         self._module, self._purpose, self._library, self._remedy = module, purpose, library, remedy
-        self._patience = -1 if patience is None else patience
-        self._lock = threading.Lock()
+        self._patience = patience
+        self._lock, self._waiting = threading.Lock(), threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._begun = b""
         os.register_at_fork(after_in_child=self.abandon)
@@ -68,7 +73,7 @@ class LimitedProcess:
             Busy: when others have had their turns for too long.
         """
         lock = self._lock
-        if not lock.acquire(timeout=self._patience):
+        if not self._take_turn():
             raise Busy(f"the process that {self._purpose} is busy with others; try again later")
         try:
             process = self._running(begin)
@@ -91,6 +96,20 @@ class LimitedProcess:
             raise Failed(text)
         return text
 
+    def _take_turn(self) -> bool:
+        """Take the lock; return whether that went well before patience was over."""
+        lock, waiting = self._lock, self._waiting
+        if self._patience is None:
+            return lock.acquire()
+        if lock.acquire(timeout=BRIEFLY):
+            return True
+        if not waiting.acquire(blocking=False):
+            return False
+        try:
+            return lock.acquire(timeout=self._patience)
+        finally:
+            waiting.release()
+
     def close(self) -> None:
         """End the process."""
         process, self._process = self._process, None
@@ -101,7 +120,7 @@ class LimitedProcess:
     def abandon(self) -> None:
         """Leave the process to the one that began it: this one is a fork of that."""
         process = self._process
-        self._lock, self._process = threading.Lock(), None
+        self._lock, self._waiting, self._process = threading.Lock(), threading.Lock(), None
         if process is not None:
             process.returncode = 0  # not to be waited for from here
             assert process.stdin is not None and process.stdout is not None
