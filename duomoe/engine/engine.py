@@ -1,4 +1,4 @@
-"""The loop: admit, prefill or decode, sample, hand tokens to their requests."""
+"""The loop: admit, go on with a prefill or decode, sample, hand tokens to their requests."""
 
 import contextlib
 import copy
@@ -144,10 +144,10 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> float:
-        """Advance some requests by one token each, as the scheduler decides.
+        """Go on with a pass, or advance some requests by one token each, as the scheduler decides.
 
-        Each gets a chunk; one that has finished holds no pages any more by then. When the step fails, exactly the
-        requests that were part of it end with the error, and no expert counts as resident.
+        Who is given a token gets a chunk; one that has finished holds no pages any more by then. When the step fails,
+        exactly the requests that were part of it end with the error, and no expert counts as resident.
 
         Returns:
             How many seconds the next step can wait, if nothing happens meanwhile; 0 where something was done.

@@ -50,7 +50,6 @@ class Sequences:
         self.bias = torch.zeros(rows, vocab, dtype=torch.float32, device=device)
         self.seen = torch.zeros(rows, vocab, dtype=torch.int32, device=device)
         self.allowed = torch.full((rows, _mask_words(vocab)), -1, dtype=torch.int32, device=device)
-        self._free = list(range(max_batch - 1, -1, -1))
         self._rows: dict[Hashable, int] = {}  # by whose they are
         self._pages: dict[int, int] = {}  # how many of its pages a row has
         self._changed_logits: set[int] = set()  # rows of which bias, seen or allowed say anything
@@ -83,7 +82,8 @@ class Sequences:
             params: how its tokens are chosen.
         """
         if owner not in self._rows:
-            self._rows[owner] = self._free.pop()
+            taken = set(self._rows.values())
+            self._rows[owner] = next(row for row in range(self._max_batch) if row not in taken)
         row = self._rows[owner]
         self._pages[row] = 0
         self._write(row * self._width, _fields(len(tokens), seed, params))
@@ -105,8 +105,7 @@ class Sequences:
 
     def leave(self, owner: Hashable) -> None:
         """Take back the row of a sequence, if it has one."""
-        if (row := self._rows.pop(owner, None)) is not None:
-            self._free.append(row)
+        self._rows.pop(owner, None)
 
     def extend(self, owner: Hashable, pages: Sequence[int]) -> None:
         """Give a sequence the pages that it has more than it had."""

@@ -1,6 +1,10 @@
 """Rows of sequences on the device hold what lists would, and a step sends only what changed."""
 
+import contextlib
 import struct
+import sys
+from types import FrameType
+from typing import Any
 
 import torch
 from hypothesis import settings
@@ -129,3 +133,38 @@ def test_what_a_step_sends_does_not_grow_with_the_longest_sequence() -> None:
         rows.extend(3, [*pages, 99])
         sent.append((joined, again, len(rows._changes)))
     assert sent[0] == sent[1] and sent[0][1:] == (0, 1)
+
+
+def test_a_fault_at_any_line_loses_no_row() -> None:
+    rows, params = Sequences(CPU, 2, 6, 40), SamplingParams()
+
+    def use(at: int) -> int:
+        """Join and leave, with a fault at one line of both; return how many lines there are."""
+        lines = 0
+
+        def trace(frame: FrameType, event: str, _: Any) -> Any:
+            nonlocal lines
+            if event == "line" and frame.f_code.co_name in ("join", "leave"):
+                lines += 1
+                if lines == at:
+                    raise ZeroDivisionError
+            return trace
+
+        sys.settrace(trace)
+        try:
+            with contextlib.suppress(ZeroDivisionError):
+                rows.join("one", [1, 2], 2, [0], 0, params)
+            with contextlib.suppress(ZeroDivisionError):
+                rows.leave("one")
+        finally:
+            sys.settrace(None)
+        rows.leave("one")  # as who ends a request after a fault does
+        return lines
+
+    for at in range(1, use(-1) + 1):
+        for _ in range(3):
+            use(at)
+        for owner in ("one", "other"):
+            rows.join(owner, [1, 2], 2, [0], 0, params)
+        for owner in ("one", "other"):
+            rows.leave(owner)
