@@ -177,32 +177,21 @@ def test_a_process_that_was_killed_is_begun_again(process: LimitedProcess) -> No
     assert process.ask(request("begun")) != begun
 
 
+@pytest.mark.parametrize("begun", [True, False])
 def test_an_interrupt_leaves_no_reply_to_the_next_request(
-    process: LimitedProcess, monkeypatch: pytest.MonkeyPatch
+    begun: bool, process: LimitedProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = processes._exchange
+    """While a reply is waited for, or for the process to begin."""
+    if begun:
+        process.ask(request("echo", "0"))
 
-    def interrupted(running: Any, message: bytes) -> Any:
-        processes._send(running, message)
+    def interrupted(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(processes, "_exchange", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        process.ask(request("echo", "1"))
-    monkeypatch.setattr(processes, "_exchange", original)
-    assert process.ask(request("echo", "2")) == "2"
-
-
-def test_an_interrupted_start_leaves_nothing_behind(process: LimitedProcess, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = processes._read
-
-    def interrupted(*args: Any) -> Any:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(processes, "_read", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        process.ask(request("echo", "1"))
-    monkeypatch.setattr(processes, "_read", original)
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "_read", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            process.ask(request("echo", "1"))
     assert process.ask(request("echo", "2")) == "2"
 
 

@@ -22,7 +22,6 @@ NEVER = -(1 << 62)
 # Experts computed together, at most. More at once use the device better; fewer let a slot go sooner.
 LARGEST_WAVE = 8
 
-
 # The heap of slots is made anew when it has so many entries for each slot, most of which are no longer true by then.
 MOST_ENTRIES = 4
 
@@ -92,10 +91,6 @@ class Lease:
     def slot(self, index: int, expert: int) -> int | None:
         """Return the slot of a MoE layer's expert, or None."""
         return self._slot_of[index].get(expert)
-
-    def owner(self, slot: int) -> tuple[int, int] | None:
-        """Return whose a slot is, as (layer, expert), or None."""
-        return self._owner[slot]
 
     def residents(self, index: int) -> dict[int, int]:
         """Return a layer's experts that have a slot, and which."""

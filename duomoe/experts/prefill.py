@@ -148,9 +148,8 @@ class PrefillStream:
         self.stale = True
         self._changed = False  # the device does not know yet
         self._owners = torch.full((slots,), NOBODY)  # whose each slot is
-        self._flat = torch.full(
-            (self.num_layers * self.num_experts + 1,), -1
-        )  # each expert's slot; the last is nobody's
+        # Each expert's slot; and a last place, for what NOBODY and LEASED would have.
+        self._flat = torch.full((self.num_layers * self.num_experts + 1,), -1)
         self._places = self._flat[:-1].view(self.num_layers, self.num_experts)
         self._use = torch.zeros(self.num_layers, self.num_experts)  # how probably a step needs an expert
         self._ranks = torch.zeros(self.num_layers, self.num_experts, dtype=torch.int64)
@@ -304,7 +303,7 @@ class PrefillStream:
         self._owners, use = self.directory.read()
         self._use = use / ONE
         self._flat.fill_(-1)
-        slots = (self._owners >= 0).nonzero().flatten()
+        slots = (self._owners >= 0).nonzero().flatten()  # host-sync ok: is on the host
         self._flat[self._owners[slots]] = slots
         self.stale = False
 
@@ -359,15 +358,15 @@ class PrefillStream:
 
     def _lease(self, slots: list[int], adopted: Mapping[int, int] = MappingProxyType({})) -> None:
         """Lease slots, with what is in them; slots that were leased go to the owners that adopt them."""
-        held: dict[int, tuple[int, int] | None] = {}
+        held: dict[int, tuple[int, int] | None] = dict.fromkeys(slots)
         uses = {}
         for slot in slots:
             owner = int(self._owners[slot])
             index, expert = divmod(owner, self.num_experts)
-            # Decode may have fetched what is in the ring, too.
-            known = owner >= 0 and self.lease.slot(index, expert) is None
-            held[slot] = (index, expert) if known else None
-            uses[slot] = self._idle_use(owner)
+            if (
+                owner >= 0 and self.lease.slot(index, expert) is None
+            ):  # decode may have fetched what is in the ring, too
+                held[slot], uses[slot] = (index, expert), self._idle_use(owner)
         self._assign({**adopted, **dict.fromkeys(slots, LEASED)})
         self.lease.take(held, uses)
 

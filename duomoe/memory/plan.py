@@ -256,10 +256,11 @@ class Plan:
         """Return a bound on what lives for a pass or less, by what it is.
 
         Everything that exists at some time is counted as if it existed at the same time. `n` tokens pass through a
-        layer, `chunk` of them at a time; models/block.py, experts/compute.py and the kernels' launchers allocate:
+        layer, those of a pass and of a step amid it, `chunk` of them at a time; models/block.py, experts/compute.py and
+        the kernels' launchers allocate:
         """
         model, item = self.model, self.dtype.itemsize
-        n, hidden, top_k = self.pass_tokens, model.hidden_size, model.top_k
+        n, hidden, top_k = self.pass_tokens + self.max_batch, model.hidden_size, model.top_k
         chunk = max(min(n, CHUNK_TOKENS), self.max_batch)
         pages = row_pages(self.max_model_len)
         dense = model.intermediate_size if not all(model.is_moe) else 0

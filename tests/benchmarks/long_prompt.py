@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--model", metavar="DIR", help="default: the embedded model")
     p.add_argument("--expert-memory", default="25%")
     p.add_argument("--prompt", type=int, default=512, help="tokens of the long prompt")
-    p.add_argument("--sequences", type=int, default=4, help="that decode")
+    p.add_argument("--sequences", type=int, default=4, help="that decode; 0 for the prompt alone")
     p.add_argument("--rounds", type=int, default=3)
     args = p.parse_args(argv)
     options = {"policy": "duo", "max_batch": args.sequences + 1, "max_model_len": args.prompt + 64}
@@ -47,12 +47,14 @@ def one_round(llm: LLM, prompt_tokens: int, sequences: int) -> str:
     readers = [threading.Thread(target=read, args=(number,)) for number in range(sequences)]
     for reader in readers:
         reader.start()
-    while min(map(len, times)) < 24:
+    while min(map(len, times), default=24) < 24:
         time.sleep(0.01)
     before = llm.stats().experts
     begin = time.perf_counter()
     llm.generate(prompt(prompt_tokens), SamplingParams(max_new_tokens=1))
     end = time.perf_counter()
+    if not sequences:
+        return f"TTFT {end - begin:.4f} s"
     time.sleep(20 * gap(times, 0.0, begin))
     stop.set()
     for reader in readers:

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from link_faults import fail_copy
 
 from duomoe import LLM, SamplingParams
 from duomoe.engine.prefill_pass import PrefillPass
-from duomoe.experts.link import HostLink
 from duomoe.kernels.admit import LEASED
 
 LONG = SamplingParams(max_new_tokens=80, ignore_eos=True)
@@ -251,19 +251,10 @@ def test_what_crosses_ahead_may_fail_amid_a_pass(
     """Whatever copy fails, those who need it fail, and others get what they always get."""
     prompts = [prompt_of(9), prompt_of(150, seed=1)]
     expected = [llm.generate(prompt, SHORT)[0].token_ids for prompt in prompts]
-    move = HostLink._move
     for number in range(0, 60, 7):
-        faults = [number]
-
-        def faulty(self: HostLink, copy: Any, size: int, faults: list[int] = faults) -> None:
-            faults[0] -= 1
-            if faults[0] == -1:
-                raise OSError("a fault")
-            move(self, copy, size)
-
         with monkeypatch.context() as patch:
             first = beside(llm, prompts[0])
-            patch.setattr(HostLink, "_move", faulty)
+            fail_copy(patch, number)
             for stream, tokens in ((llm.submit(prompts[1], SHORT), expected[1]), (first, None)):
                 try:
                     found = [chunk.token_id for chunk in stream]

@@ -16,6 +16,7 @@ from queue import Empty
 from typing import Any
 
 import pytest
+from link_faults import fail_copy
 
 from duomoe import LLM, SamplingParams
 from duomoe.engine.outbox import Outbox
@@ -272,18 +273,9 @@ def test_a_fault_of_the_link_belongs_to_the_copies_that_it_hit(
 ) -> None:
     prompts = prompts_of(prompt_of, 2)
     expected = alone(llm, prompts)
-    move = HostLink._move
     for number in range(0, 80, 4):
-        faults = [number]
-
-        def faulty(self: HostLink, copy: Any, size: int, faults: list[int] = faults) -> None:
-            faults[0] -= 1
-            if faults[0] == -1:
-                raise OSError("a fault")
-            move(self, copy, size)
-
         with monkeypatch.context() as patch:
-            patch.setattr(HostLink, "_move", faulty)
+            fail_copy(patch, number)
             try:
                 assert llm.generate(prompts[0], PARAMS)[0].token_ids == expected[0]
             except RuntimeError as error:

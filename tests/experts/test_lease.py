@@ -131,7 +131,6 @@ class Machine(RuleBasedStateMachine):
     def agrees(self) -> None:
         if not hasattr(self, "lease"):
             return
-        assert {slot: owner for slot in range(len(self.pool)) if (owner := self.lease.owner(slot))} == self.owner
         for layer in range(LAYERS):
             mine = {expert: slot for slot, (index, expert) in self.owner.items() if index == layer}
             assert self.lease.residents(layer) == mine
